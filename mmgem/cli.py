@@ -1,0 +1,346 @@
+"""The commands: one table, command → what it takes and what it runs.
+
+Receives the command line. Gives an exit code: 0, 2 for bad input (one line says what, where, what to do; --debug shows
+the traceback), 128 + signal number when stopped. Imports lazily: help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmgem import __version__
+from mmgem.errors import UserError
+
+Arguments = argparse.Namespace
+
+
+# --- train, check ---------------------------------------------------------------------------------------------------
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file, e.g. configs/quickstart.yaml")
+    parser.add_argument(
+        "--resume",
+        default="never",
+        metavar="auto|never|CHECKPOINT",
+        help="auto: go on where the run stopped, or begin; never (default): refuse a folder that holds a run",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="settings to change, e.g. stages.0.lr=1e-4"
+    )
+
+
+def run_train(args: Arguments) -> int:
+    from mmgem.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from mmgem.training.run import train
+
+    return train(config, args.resume)
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+
+
+def run_check(args: Arguments) -> int:
+    from mmgem.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from mmgem.training.check import check
+
+    print(check(config))
+    return 0
+
+
+# --- data prepare -----------------------------------------------------------------------------------------------------
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+    prepare = commands.add_parser("prepare", help="turn a public format into shards")
+    formats = prepare.add_subparsers(dest="format", required=True, metavar="FORMAT")
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        sub = formats.add_parser(name, help=help, description=help)
+        sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="the dataset to write")
+        sub.add_argument("--overwrite", action="store_true", help="replace splits that are there")
+        _add_debug(sub)
+        return sub
+
+    def add_common(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these splits")
+        sub.add_argument("--limit", type=int, metavar="N", help="at most so many samples a split")
+        sub.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a tar (default 1000)")
+        sub.add_argument(
+            "--max-broken", type=float, default=0.05, metavar="SHARE", help="share that may be broken (default 0.05)"
+        )
+
+    jsonl = add("jsonl", "a folder with images/, captions.jsonl and, if there are boxes, regions.jsonl")
+    jsonl.add_argument("source", type=Path, metavar="DIR")
+    add_common(jsonl)
+    karpathy = add("karpathy", "dataset_*.json of COCO, Flickr8k or Flickr30k, with a folder of pictures")
+    karpathy.add_argument("source", type=Path, metavar="JSON")
+    karpathy.add_argument("--images", required=True, type=Path, metavar="DIR")
+    karpathy.add_argument(
+        "--restval", default="train", metavar="SPLIT", help="where COCO's restval goes (default train)"
+    )
+    add_common(karpathy)
+    tars = add("img2dataset", "tars as img2dataset wrote them; they are indexed where they lie")
+    tars.add_argument("source", type=Path, metavar="DIR")
+    tars.add_argument("--split", default="train", metavar="SPLIT")
+    tars.add_argument("--decode", action="store_true", help="decode every picture, not only its head (slow)")
+    tars.add_argument(
+        "--max-broken", type=float, default=0.05, metavar="SHARE", help="share that may be broken (default 0.05)"
+    )
+    scenes = add("scenes", "rendered scenes with captions and boxes; nothing is needed")
+    for split, count in (("train", 4000), ("val", 500), ("test", 500)):
+        scenes.add_argument(f"--{split}", type=int, default=count, metavar="N", help=f"pictures (default {count})")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument("--size", type=int, default=112, metavar="PIXELS", help="side of a picture (default 112)")
+    scenes.add_argument("--processes", type=int, metavar="N")
+    scenes.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a tar (default 1000)")
+
+
+def run_data(args: Arguments) -> int:
+    from mmgem.data.prepare import FORMATS
+
+    own = ("command", "data_command", "format", "out", "source", "debug", "run")
+    options = {k: v for k, v in vars(args).items() if k not in own}
+    source = [args.source] if "source" in args else []
+    FORMATS[args.format](*source, args.out, **options)
+    return 0
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "task",
+        choices=("retrieval", "captioning", "region-retrieval", "region-captioning", "all"),
+        help="all: those that the data allow",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="DIR", help="a dataset made by `mmgem data prepare`"
+    )
+    parser.add_argument("--split", default="test")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where metrics.json and report.html go (default: MODEL/report)"
+    )
+    parser.add_argument("--stages", action="store_true", help="compare the model after each stage of the run")
+    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beams of captions (default 1: greedy)")
+    parser.add_argument("--length-penalty", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N")
+    parser.add_argument(
+        "--baseline",
+        choices=("crop",),
+        help="crop: region retrieval also from the vectors of cut-out boxes, by the (first) model",
+    )
+
+
+def run_eval(args: Arguments) -> int:
+    _reachable_model(args.model)
+    models = _models_of(args.model, args.stages)
+    from mmgem.data.shards import ShardedDataset
+    from mmgem.evaluation.run import evaluate
+    from mmgem.evaluation.tasks import TASKS, TaskOptions
+
+    tasks = [args.task]
+    if args.task == "all":
+        has_regions = (args.data / args.split).is_dir() and ShardedDataset(args.data / args.split).has_regions
+        tasks = [name for name, task in TASKS.items() if has_regions or not task.regions]
+    options = TaskOptions(num_beams=args.beams, length_penalty=args.length_penalty, max_new_tokens=args.max_new_tokens)
+    out = args.out or args.model / "report"
+    baseline = [next(iter(models))] if args.baseline == "crop" else []
+    evaluate(
+        models,
+        args.data,
+        args.split,
+        tasks,
+        out,
+        options=options,
+        crop_baseline=baseline,
+        device=args.device,
+        run_dir=args.model if (args.model / "log.jsonl").is_file() else None,
+    )
+    print(f"{out}/metrics.json\n{out}/report.html")
+    return 0
+
+
+def _models_of(path: Path, stages: bool) -> dict[str, Path]:
+    if not stages:
+        return {path.name: path}
+    found = {p.name: p for p in (path / "stages").glob("*") if (p / "config.json").is_file()}
+    if not found:
+        raise UserError(f"{path}/stages: no finished stage here; leave --stages out, or give a run folder")
+    import yaml
+
+    order = [s["name"] for s in yaml.safe_load((path / "config.yaml").read_text())["stages"]]
+    return {name: found[name] for name in order if name in found}
+
+
+# --- use ----------------------------------------------------------------------------------------------------------------
+
+
+def add_caption(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    _add_writing(parser)
+
+
+def run_caption(args: Arguments) -> int:
+    from mmgem.inference.use import caption_images
+
+    for row in caption_images(_load(args), args.images, _writing(args)):
+        print(json.dumps(row, ensure_ascii=False) if args.json else f"{row['image']}: {row['caption']}")
+    return 0
+
+
+def add_regions(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument(
+        "--box", action="append", required=True, metavar="x1,y1,x2,y2", help="pixels of the picture; may be given again"
+    )
+    parser.add_argument(
+        "--caption", action="store_true", help="write a caption for each box (the default if nothing is asked)"
+    )
+    parser.add_argument("--embed", action="store_true", help="give each box's vector (with --json)")
+    parser.add_argument("--query", metavar="TEXT", help="give each box's cosine with a text")
+    _add_writing(parser)
+
+
+def run_regions(args: Arguments) -> int:
+    from mmgem.inference.use import describe_regions, parse_box
+
+    boxes = [parse_box(text) for text in args.box]
+    caption = args.caption or not (args.embed or args.query)
+    rows = describe_regions(
+        _load(args), args.image, boxes, caption=caption, embed=args.embed, query=args.query, writing=_writing(args)
+    )
+    for row in rows:
+        if args.json:
+            print(json.dumps(row, ensure_ascii=False))
+            continue
+        parts = [",".join(f"{v:g}" for v in row["box"])]
+        parts += [row["caption"]] if "caption" in row else []
+        parts += [f"similarity {row['similarity']:.4f}"] if "similarity" in row else []
+        parts += [f"{len(row['vector'])} numbers (--json prints them)"] if "vector" in row else []
+        print(": ".join(parts[:2]) + "".join(f"; {p}" for p in parts[2:]))
+    return 0
+
+
+def add_embed(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--images", nargs="+", type=Path, metavar="PATH", help="pictures, or folders of them")
+    what.add_argument("--texts", type=Path, metavar="FILE", help="one text a line")
+    what.add_argument("--data", type=Path, metavar="DIR", help="a split, e.g. data/scenes/test: its pictures")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE.npz", help="arrays `vectors` (N x E, length 1) and `names`"
+    )
+
+
+def run_embed(args: Arguments) -> int:
+    from mmgem.inference.use import embed_to_file
+
+    count, width = embed_to_file(_load(args), args.out, images=args.images, texts=args.texts, data=args.data)
+    print(f"{args.out}: {count} vectors of {width}")
+    return 0
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, type=Path, metavar="M", help="a run folder, or what save_pretrained wrote"
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search (default 1: greedy)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _writing(args: Arguments) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_beams": args.beams, "max_new_tokens": args.max_new_tokens}
+    if args.top_p is not None:
+        options |= {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature, "seed": args.seed}
+    return options
+
+
+def _reachable_model(path: Path) -> None:
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such model; give a run folder, e.g. runs/quickstart, or what save_pretrained wrote"
+        )
+
+
+def _load(args: Arguments) -> Any:
+    _reachable_model(args.model)
+    from mmgem.inference.use import load_model
+
+    return load_model(args.model, args.device)
+
+
+# --- the table ------------------------------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Arguments], int]]] = {
+    "train": ("train a model, stage by stage", add_train, run_train),
+    "check": ("say what a config would build, before it runs", add_check, run_check),
+    "data": ("prepare data", add_data, run_data),
+    "eval": ("measure a model on a dataset; metrics.json and report.html", add_eval, run_eval),
+    "caption": ("write captions for pictures", add_caption, run_caption),
+    "regions": ("caption, embed and compare boxes of a picture", add_regions, run_regions),
+    "embed": ("vectors of pictures or texts, into a file", add_embed, run_embed),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mmgem", description="One model that retrieves and writes, for images and boxes of them."
+    )
+    parser.add_argument("--version", action="version", version=f"mmgem {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (help, add, run) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        add(sub)
+        _add_debug(sub)
+        sub.set_defaults(run=run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as e:
+        return _failed(e, args)
+    except KeyboardInterrupt:
+        print("mmgem: stopped", file=sys.stderr)
+        return 130
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+
+
+def _failed(error: UserError, args: Arguments) -> int:
+    if getattr(args, "debug", False):
+        traceback.print_exception(error)
+    print(f"mmgem: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

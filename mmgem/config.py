@@ -1,0 +1,367 @@
+"""The one tree of settings of a run.
+
+Receives a YAML file and `key.path=value` overrides; gives a checked `Config`; refuses unknown keys (with the
+nearest right name), wrong types and contradictions, each with its place. The resolved tree is saved with each run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from mmgem.errors import UserError
+
+_STRICT = ConfigDict(extra="forbid")
+
+PARTS = ("vision", "llm", "projections")
+"""The parts that can be frozen and given a learning rate. `projections` are h1, h2, h3, [EMB], [CAP] and logit_scale."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class VisionConfig:
+    library: Literal["timm", "open_clip"] = "timm"
+    name: str | None = None
+    """A model name of the library; for open_clip also `hf-hub:org/name`."""
+    pretrained: str | None = None
+    """A tag or hub id that the library knows, or a local checkpoint; null: random weights."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """timm: arguments of `create_model`. open_clip: the tower's `vision_cfg`, which replaces `name`."""
+    config_file: str | None = None
+    """open_clip only: a model config in open_clip's JSON form, which replaces `name`."""
+    layer: int | None = None
+    """Which block's output is the feature map: null for the last with its norm, else an index, e.g. -2."""
+    train_from: str | None = None
+    """timm towers that are a plain sequence: the first module that may train, e.g. `blocks.5`; all before it stays frozen."""
+    image_size: int = 224
+    resize: Literal["squash", "crop"] = "squash"
+    """squash: the whole picture, its aspect lost. crop: short side to image_size, then the centre."""
+    mean: tuple[float, float, float] | None = None
+    """Null: what the library gives for this tower."""
+    std: tuple[float, float, float] | None = None
+    gradient_checkpointing: bool = False
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class LlmConfig:
+    name: str | None = None
+    """A hub id or a local folder; null: random weights from `config`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Architecture, as in a Hugging Face config.json (`model_type`, `hidden_size` …). With `name` it must agree with what is loaded."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    gradient_checkpointing: bool = False
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class TokenizerConfig:
+    path: str | None = None
+    """A hub id or a folder; null: the LLM's own, or, without one, trained on the training texts."""
+    vocab_size: int = 4096
+    lowercase: bool = True
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class ModelConfig:
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    embed_dim: int = 512
+    roi_size: int = 1
+    """RoIAlign's output grid, averaged to one vector."""
+    roi_sampling: int = -1
+    """Sampling points an output bin and axis; -1: one a cell of the map, rounded up."""
+    visual_dropout: float = 0.0
+    """Dropout on what h1 receives, in training."""
+    token_dropout: float = 0.0
+    """Share of the caption stream's input words hidden in training (their embedding zeroed)."""
+    max_tokens: int = 64
+    """Limit of a text's own tokens; longer ones are cut (before [EMB]) and counted."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class DataConfig:
+    path: str = ""
+    """A folder made by `mmgem data prepare`."""
+    train_split: str = "train"
+    val_split: str | None = "val"
+    row_tokens: int = 128
+    """Length of a packed row."""
+    workers: int = 0
+    max_broken: float = 0.01
+    """The share of samples that may be broken before the run stops."""
+    flip: float = 0.0
+    """Chance of a mirrored picture; leave at 0 where texts speak of left and right."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Range of the area kept by a random crop; boxes that lose more than half of themselves are left out."""
+    color_jitter: float = 0.0
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class LossConfig:
+    emb: float = 1.0
+    gen: float = 1.0
+    region_emb: float = 1.0
+    region_gen: float = 1.0
+    label_smoothing: float = 0.0
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class StageConfig:
+    name: str = "global"
+    samples: int | None = None
+    """Length of the stage in samples seen; or give `epochs`."""
+    epochs: float | None = None
+    global_batch: int = 64
+    captions_per_image: int = 1
+    max_regions: int = 0
+    """0: pairs only. Else at most so many boxes an image, with their phrases, beside the pairs."""
+    lr: float = 1e-3
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Factor on `lr` by part, e.g. {vision: 0.1}."""
+    min_lr: float = 0.0
+    """Share of `lr` at the end of the cosine."""
+    warmup: float = 0.05
+    """Share of the stage's samples."""
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_grad: float = 1.0
+    freeze: list[Literal["vision", "llm", "projections"]] = field(default_factory=list)
+    loss: LossConfig = field(default_factory=LossConfig)
+    patch_dropout: float = 0.0
+    """Share of a ViT's patches left out in training; only without regions."""
+    cached_views: int = 0
+    """Above 0: the frozen part of the tower is computed once for so many augmented views of each picture, kept on disk."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class TrainingConfig:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["32", "bf16"] = "32"
+    threads: int | None = None
+    """CPU threads; null: torch's choice."""
+    log_every: int = 10
+    """Steps between lines on the screen; log.jsonl has one a step."""
+    sample_every: int = 500
+    """Steps between samples of captions in the log; 0: none."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; one is also made at each stage's end and when the run is stopped."""
+    keep_checkpoints: int = 1
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class Config:
+    run: str = "runs/run"
+    """The run's folder."""
+    init_from: str | None = None
+    """An mmgem run or model whose weights and tokenizer the run begins with; `model` must describe the same shapes."""
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stages: list[StageConfig] = field(default_factory=lambda: [StageConfig()])
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a YAML file, applies `key.path=value` overrides (list items by number: `stages.0.lr=1e-4`), checks it.
+
+    Raises UserError for a missing file, broken YAML, an unknown key, a wrong type or a contradiction.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; the shipped ones are in configs/") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: cannot be read as a config file ({e})") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return config_from_tree(tree, str(path))
+
+
+def config_from_tree(tree: dict[str, Any], source: str) -> Config:
+    """Checks a plain tree and gives the Config. `source` is named in errors."""
+    _refuse_unknown(tree, Config, "", source)
+    try:
+        config = TypeAdapter(Config).validate_python(_numbers(tree))
+    except ValidationError as e:
+        first = e.errors()[0]
+        place = ".".join(str(p) for p in first["loc"] if not str(p).startswith("function-"))
+        raise UserError(f"{source}: {place}: {first['msg']} (given: {first['input']!r})") from None
+    _check(config, source)
+    return config
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """A settings dataclass as plain dicts, lists and scalars."""
+    return _plain(dataclasses.asdict(config))
+
+
+def save_config(config: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text; users write it as a number."""
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r}: an override is written key.path=value, e.g. stages.0.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not valid YAML; put it in quotes") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        node = _child(node, part, override)
+    if isinstance(node, list):
+        node[_list_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"{override!r}: {'.'.join(parents)} has no keys below it")
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_list_index(node, part, override)]
+    if not isinstance(node, dict):
+        raise UserError(f"{override!r}: nothing below the part before {part!r}")
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _list_index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"{override!r}: {part!r} is not one of the list's numbers 0 … {len(node) - 1}")
+    return int(part)
+
+
+def _refuse_unknown(tree: Any, cls: Any, place: str, source: str) -> None:
+    """Walks tree and dataclass together; the first unknown key is an error with the nearest right name."""
+    hints = typing.get_type_hints(cls)
+    for key, value in tree.items():
+        where = f"{place}{key}"
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = f"did you mean {place}{near[0]}?" if near else f"known here: {', '.join(hints)}"
+            raise UserError(f"{source}: unknown key {where}; {hint}")
+        inner, is_list = _dataclass_of(hints[key])
+        if inner is None:
+            continue
+        items = value if is_list and isinstance(value, list) else [value]
+        for number, item in enumerate(items):
+            if isinstance(item, dict):
+                prefix = f"{where}.{number}." if is_list else f"{where}."
+                _refuse_unknown(item, inner, prefix, source)
+
+
+def _dataclass_of(hint: Any) -> tuple[Any, bool]:
+    if dataclasses.is_dataclass(hint):
+        return hint, False
+    origin = typing.get_origin(hint)
+    if origin is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        return typing.get_args(hint)[0], True
+    if origin in (typing.Union, types.UnionType):
+        for arg in typing.get_args(hint):
+            if dataclasses.is_dataclass(arg):
+                return arg, False
+    return None, False
+
+
+# --- what does not fit together ------------------------------------------------------------------------------------
+
+
+def _check(config: Config, source: str) -> None:
+    def refuse(condition: bool, message: str) -> None:
+        if condition:
+            raise UserError(f"{source}: {message}")
+
+    model, data = config.model, config.data
+    refuse(not config.stages, "stages: at least one stage is needed")
+    names = [s.name for s in config.stages]
+    refuse(len(set(names)) < len(names), f"stages: names must differ, given {names}")
+    refuse(model.max_tokens < 1, "model.max_tokens must be at least 1")
+    refuse(
+        data.row_tokens < model.max_tokens + 3,
+        f"data.row_tokens={data.row_tokens} cannot hold a text of model.max_tokens={model.max_tokens} and its 3 "
+        f"special tokens; set it to at least {model.max_tokens + 3}",
+    )
+    refuse(
+        not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,
+        "data.crop_scale must be two shares, 0 < low <= high <= 1",
+    )
+    vision = model.vision
+    refuse(vision.image_size < 1, "model.vision.image_size must be at least 1")
+    refuse(
+        vision.library == "timm" and vision.config_file is not None,
+        "model.vision.config_file is for open_clip; for timm give name and config",
+    )
+    refuse(vision.library == "timm" and not vision.name, "model.vision.name is missing (a timm model name)")
+    refuse(
+        vision.library == "open_clip" and not (vision.name or vision.config or vision.config_file),
+        "model.vision needs a name, a config or a config_file",
+    )
+    refuse(
+        not config.model.llm.name and "model_type" not in config.model.llm.config,
+        "model.llm needs a name (hub id or folder) or a config with model_type",
+    )
+    for number, stage in enumerate(config.stages):
+        at = f"stages.{number} ({stage.name})"
+        refuse((stage.samples is None) == (stage.epochs is None), f"{at}: give samples or epochs, one of the two")
+        refuse((stage.samples or stage.epochs or 1) <= 0, f"{at}: a stage's length must be above 0")
+        refuse(stage.global_batch < 2, f"{at}: global_batch must be at least 2, a contrastive loss needs negatives")
+        refuse(stage.captions_per_image < 1, f"{at}: captions_per_image must be at least 1")
+        refuse(stage.max_regions < 0, f"{at}: max_regions must be 0 or more")
+        unknown = sorted(set(stage.lr_scale) - set(PARTS))
+        refuse(bool(unknown), f"{at}: lr_scale: unknown part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
+        refuse(not 0 <= stage.patch_dropout < 1, f"{at}: patch_dropout must be at least 0 and below 1")
+        refuse(
+            stage.patch_dropout > 0 and stage.max_regions > 0,
+            f"{at}: patch_dropout leaves no full map for regions; set it to 0 or max_regions to 0",
+        )
+        refuse(
+            stage.cached_views > 0 and "vision" not in stage.freeze and vision.train_from is None,
+            f"{at}: cached_views needs a frozen tower: add vision to freeze, or set model.vision.train_from",
+        )
+        refuse(set(stage.freeze) == set(PARTS), f"{at}: everything is frozen, nothing would train")

@@ -1,0 +1,1 @@
+"""The data: records in, batches out. Knows nothing of models."""

@@ -1,0 +1,121 @@
+"""Items of one micro-batch -> `Batch`, typed, with shapes.
+
+Receives what the reader gave for each position (an `Item`, or a `Broken` one). Gives a `Batch`; broken items are
+left out of it and named in it. Refuses a batch in which nothing is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmgem.errors import UserError
+from mmgem.text import PackedTexts, TextCodec, pack_texts
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sample as the model will see it."""
+
+    key: str
+    picture: Tensor
+    """3 x S x S, or the frozen trunk's output."""
+    captions: tuple[str, ...]
+    boxes_R4: Tensor
+    """Shares of the picture."""
+    phrases: tuple[str, ...]
+    entities: tuple[str, ...]
+    """Equal for boxes of the sample that mean the same thing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    key: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Batch:
+    """B samples, M1 captions, R regions; M = M1 + R texts, the captions first."""
+
+    keys: list[str]
+    pictures: Tensor
+    texts: PackedTexts
+    text_vector_M: Tensor
+    """Which row of [images; regions] each text describes."""
+    boxes_R4: Tensor
+    region_image_R: Tensor
+    image_id_B: Tensor
+    caption_owner_M: Tensor
+    """The image_id of each caption (length M1)."""
+    caption_text_M: Tensor
+    """Equal for equal captions."""
+    entity_id_R: Tensor
+    """Equal for boxes of one image that mean the same thing."""
+    phrase_text_R: Tensor
+    texts_cut: int
+    broken: list[Broken]
+
+    @property
+    def captions(self) -> int:
+        return len(self.caption_owner_M)
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            moved[name] = value.to(device) if isinstance(value, (Tensor, PackedTexts)) else value
+        return Batch(**moved)
+
+
+class Collate:
+    """Items -> Batch. `embed` / `write` say which streams are packed (a loss of weight 0 needs none)."""
+
+    def __init__(self, codec: TextCodec, row_tokens: int, embed: bool = True, write: bool = True):
+        self.codec = codec
+        self.row_tokens = row_tokens
+        self.embed = embed
+        self.write = write
+
+    def __call__(self, items: Sequence[Item | Broken]) -> Batch:
+        broken = [i for i in items if isinstance(i, Broken)]
+        good = [i for i in items if isinstance(i, Item)]
+        if not good:
+            raise UserError(
+                f"all {len(items)} samples of a batch are broken, the first: {broken[0].key}: {broken[0].reason}"
+            )
+        captions = [c for item in good for c in item.captions]
+        phrases = [p for item in good for p in item.phrases]
+        caption_image = [b for b, item in enumerate(good) for _ in item.captions]
+        region_image = [b for b, item in enumerate(good) for _ in item.phrases]
+        image_ids = [stable_id("image", item.key) for item in good]
+        ids, cut = self.codec.encode(captions + phrases)
+        return Batch(
+            keys=[item.key for item in good],
+            pictures=torch.stack([item.picture for item in good]),
+            texts=pack_texts(ids, self.codec, self.row_tokens, embed=self.embed, write=self.write),
+            text_vector_M=_long([*caption_image, *range(len(good), len(good) + len(phrases))]),
+            boxes_R4=torch.cat([item.boxes_R4 for item in good]),
+            region_image_R=_long(region_image),
+            image_id_B=_long(image_ids),
+            caption_owner_M=_long([image_ids[b] for b in caption_image]),
+            caption_text_M=_long([stable_id("text", c) for c in captions]),
+            entity_id_R=_long([stable_id("entity", item.key, e) for item in good for e in item.entities]),
+            phrase_text_R=_long([stable_id("text", p) for p in phrases]),
+            texts_cut=sum(cut),
+            broken=broken,
+        )
+
+
+def _long(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.long)
+
+
+def stable_id(*parts: str) -> int:
+    """The same 62-bit number for the same text (case and outer spaces aside) in every process."""
+    text = "\0".join(p.strip().lower() for p in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2

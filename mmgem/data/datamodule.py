@@ -1,0 +1,178 @@
+"""Shards, order, samples, transforms and batches as one LightningDataModule.
+
+Receives a split, what the model wants of pictures and texts, and a stage's settings. Gives the stage's batches from
+any position on: its whole state is the number of samples consumed. Refuses regions asked of data without any, and
+runs on broken samples only up to the set share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mmgem.config import DataConfig, StageConfig
+from mmgem.data.batch import Batch, Broken, Collate, Item
+from mmgem.data.order import Order, draws
+from mmgem.data.samples import SampleError, decode_image
+from mmgem.data.shards import ShardedDataset
+from mmgem.data.transforms import View, draw_view, plain_view
+from mmgem.errors import UserError
+from mmgem.images import Preprocess
+from mmgem.text import TextCodec
+
+# Purposes of `draws`.
+CAPTIONS, REGIONS, VIEW, CACHED_VIEW = range(4)
+
+
+class CachedPictures(Protocol):
+    """What stands in for pictures when the frozen part of the tower was computed before."""
+
+    def get(self, index: int, number: int) -> Tensor:
+        """The trunk's output for view `number` of a sample."""
+        ...
+
+
+class Reader(Dataset):
+    """Position -> Item, by arithmetic: the sample, its view, captions and boxes depend on (seed, epoch, sample) alone."""
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        data: DataConfig,
+        stage: StageConfig,
+        preprocess: Preprocess,
+        seed: int,
+        cache: CachedPictures | None = None,
+    ):
+        if stage.max_regions and not dataset.has_regions:
+            raise UserError(
+                f"stage {stage.name}: max_regions={stage.max_regions}, but {dataset.split_dir} has no regions; "
+                "set max_regions: 0 or prepare data with boxes"
+            )
+        self.dataset, self.data, self.stage = dataset, data, stage
+        self.preprocess, self.seed, self.cache = preprocess, seed, cache
+        self.order = Order(len(dataset), seed)
+
+    def __getitem__(self, position: int) -> Item | Broken:
+        epoch, index = self.order.at(position)
+        try:
+            sample = self.dataset.sample(index)
+            if self.cache is None:
+                rng = draws(self.seed, epoch, index, VIEW)
+                view = draw_view(self.data, self.preprocess, sample.width, sample.height, rng)
+                picture = view.picture(decode_image(sample), self.preprocess)
+            else:
+                number = int(draws(self.seed, epoch, index, VIEW).integers(self.stage.cached_views))
+                view = cached_view(self.data, self.preprocess, self.seed, index, number, sample.width, sample.height)
+                picture = self.cache.get(index, number)
+        except SampleError as e:
+            return Broken(e.key, e.reason)
+        captions = _choose(sample.captions, self.stage.captions_per_image, draws(self.seed, epoch, index, CAPTIONS))
+        regions: list[Any] = []
+        boxes_R4 = torch.zeros(0, 4)
+        if self.stage.max_regions:
+            boxes_R4, kept = view.boxes([r.box for r in sample.regions])
+            chosen = _choose(range(len(kept)), self.stage.max_regions, draws(self.seed, epoch, index, REGIONS))
+            boxes_R4, regions = boxes_R4[list(chosen)], [sample.regions[kept[i]] for i in chosen]
+        return Item(
+            key=sample.key,
+            picture=picture,
+            captions=tuple(captions),
+            boxes_R4=boxes_R4,
+            phrases=tuple(r.phrase for r in regions),
+            entities=tuple(r.entity or str(r.box) for r in regions),
+        )
+
+
+def cached_view(
+    data: DataConfig, preprocess: Preprocess, seed: int, index: int, number: int, width: int, height: int
+) -> View:
+    """View `number` of a sample: 0 is the plain one, the others are drawn, for good, from (seed, sample, number)."""
+    if number == 0:
+        return plain_view(preprocess, width, height)
+    return draw_view(data, preprocess, width, height, draws(seed, number, index, CACHED_VIEW))
+
+
+def _choose(items: Any, count: int, rng: np.random.Generator) -> list[Any]:
+    """At most `count` of them, without repetition, in a random order."""
+    return [items[i] for i in rng.permutation(len(items))[:count]]
+
+
+class StageSampler(Sampler[list[int]]):
+    """The positions of each step from `start` on. Its length is the whole stage's, so that step numbers go on after a resume."""
+
+    def __init__(self, start: int, steps: int, global_batch: int):
+        self.start, self.steps, self.global_batch = start, steps, global_batch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start // self.global_batch, self.steps):
+            yield list(range(step * self.global_batch, (step + 1) * self.global_batch))
+
+
+class StageData(L.LightningDataModule):
+    """One stage's training batches."""
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        codec: TextCodec,
+        preprocess: Preprocess,
+        data: DataConfig,
+        stage: StageConfig,
+        seed: int,
+        cache: CachedPictures | None = None,
+    ):
+        super().__init__()
+        self.reader = Reader(dataset, data, stage, preprocess, seed, cache)
+        loss = stage.loss
+        self.collate = Collate(
+            codec, data.row_tokens, embed=loss.emb > 0 or loss.region_emb > 0, write=loss.gen > 0 or loss.region_gen > 0
+        )
+        self.data, self.stage = data, stage
+        self.steps = stage_steps(stage, len(dataset))
+        self.samples_consumed = 0
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(
+            self.reader,
+            batch_sampler=StageSampler(self.samples_consumed, self.steps, self.stage.global_batch),
+            collate_fn=self.collate,
+            num_workers=self.data.workers,
+            persistent_workers=False,
+        )
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples_consumed": self.samples_consumed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.samples_consumed = state_dict["samples_consumed"]
+
+
+def stage_steps(stage: StageConfig, samples_in_split: int) -> int:
+    """Whole steps of a stage, at least one."""
+    samples = stage.samples if stage.samples is not None else round((stage.epochs or 0) * samples_in_split)
+    return max(1, samples // stage.global_batch)
+
+
+def open_split(path: str, split: str) -> ShardedDataset:
+    if not path:
+        raise UserError("data.path is missing: name a folder made by `mmgem data prepare`")
+    if not Path(path).is_dir():
+        raise UserError(f"data.path={path}: no such folder; make it with `mmgem data prepare`")
+    dataset = ShardedDataset(Path(path) / split)
+    if not len(dataset):
+        raise UserError(f"{path}/{split}: no samples")
+    return dataset

@@ -1,0 +1,26 @@
+"""One reader per public format → shards.
+
+Gives `FORMATS`: the name of a format, as `mmgem data prepare NAME` takes it, and the function that
+prepares it. Every function takes its source (but `scenes`, which has none) and `out` by position,
+options by name, with the same names and defaults for the same thing; it writes a dataset (one
+folder a split), prints an account, and returns it as a dict (see `writing.prepare`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mmgem.data.prepare.img2dataset import prepare_img2dataset
+from mmgem.data.prepare.jsonl import prepare_jsonl
+from mmgem.data.prepare.karpathy import prepare_karpathy
+from mmgem.data.prepare.scenes import prepare_scenes
+
+FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
+    "jsonl": prepare_jsonl,
+    "karpathy": prepare_karpathy,
+    "img2dataset": prepare_img2dataset,
+    "scenes": prepare_scenes,
+}
+
+__all__ = ["FORMATS", "prepare_img2dataset", "prepare_jsonl", "prepare_karpathy", "prepare_scenes"]

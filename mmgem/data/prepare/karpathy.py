@@ -1,0 +1,87 @@
+"""Reader `karpathy`: dataset_coco.json, dataset_flickr8k.json, dataset_flickr30k.json.
+
+Receives such a file (`{"images": [{"filename", "filepath"?, "split", "sentences": [{"raw"}]}]}`;
+Karpathy and Fei-Fei, 2015) and the folder of its pictures. Gives a dataset; the extra training
+pictures of COCO (split `restval`) go into `train`, as the field does, unless told otherwise.
+Refuses a file of another shape and a missing folder. Widths and heights are read from the pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmgem.data.prepare.writing import MAX_BROKEN, Record, need_folder, prepare, safe_key
+from mmgem.errors import UserError
+
+_IDS = ("cocoid", "imgid")
+
+
+def prepare_karpathy(
+    source: Path,
+    out: Path,
+    *,
+    images: Path,
+    restval: str = "train",
+    splits: Sequence[str] | None = None,
+    shard_size: int = 1000,
+    limit: int | None = None,
+    overwrite: bool = False,
+    max_broken: float = MAX_BROKEN,
+) -> dict[str, Any]:
+    """Prepares a dataset_*.json of Karpathy's splits with the folder of its pictures.
+
+    source: the JSON file. out: the dataset to write. images: the folder of the pictures (for COCO
+    the one that has train2014/ and val2014/). restval: the split that the pictures of "restval" go
+    to. splits: only these (default: all). shard_size: samples a tar. limit: at most so many samples
+    a split. overwrite: replace splits that are there. max_broken: stop when more than this share of
+    samples is broken.
+    """
+    return prepare(
+        list(records(Path(source), Path(images), restval)),
+        out,
+        splits=splits,
+        shard_size=shard_size,
+        limit=limit,
+        overwrite=overwrite,
+        max_broken=max_broken,
+    )
+
+
+def records(source: Path, images: Path, restval: str = "train") -> Iterator[Record]:
+    """The pictures in the order of the file."""
+    need_folder(images, "the pictures")
+    for number, item in enumerate(_images_of(source)):
+        try:
+            name, split = str(item["filename"]), str(item["split"])
+            captions = [_caption(sentence) for sentence in item["sentences"]]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{source}, images[{number}]: filename, split and sentences are needed ({error})"
+            ) from error
+        folder = images / str(item.get("filepath") or "")
+        meta = {"captions": captions, "image": name}
+        meta |= {field: item[field] for field in _IDS if field in item}
+        # Not everyone keeps COCO's train2014/ and val2014/: one flat folder is fine too.
+        path = folder / name if folder.is_dir() else images / name
+        yield Record(safe_key(name), restval if split == "restval" else split, path, meta)
+
+
+def _images_of(source: Path) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(source.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {source}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{source} is not JSON ({error}); fetch it again") from error
+    listed = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(listed, list):
+        raise UserError(f'{source} has no list "images": it is no dataset_*.json of Karpathy')
+    return listed
+
+
+def _caption(sentence: dict[str, Any]) -> str:
+    """The raw sentence; its tokens where a file has no raw ones."""
+    return sentence["raw"] if "raw" in sentence else " ".join(sentence["tokens"])

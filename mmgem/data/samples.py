@@ -1,0 +1,293 @@
+"""Sample and Region: what one record is, parsed and validated.
+
+Receives the bytes of a picture and the fields that lie beside it in a shard
+(`{"captions": [...], "regions": [{"box": [...], "phrase": "..."}], "width": w, "height": h, ...}`,
+or `{"caption": "..."}`, or the text of a KEY.txt). Gives a `Sample`, and the picture of one.
+Refuses, with a `SampleError` that names the sample: a picture that cannot be read, and a sample
+that is left with neither a caption nor a region. Bad captions, phrases and boxes of an otherwise
+good sample are dropped and counted under the names below.
+
+The box convention, which stands only here: a box is (x1, y1, x2, y2), floats, in absolute pixels
+of the stored picture as it is seen (EXIF rotation applied), x to the right and y down from the top
+left corner. Edges, not pixel centres: the whole picture is (0, 0, width, height), x2 and y2 are
+exclusive, and the area is (x2 - x1) * (y2 - y1). A box that reaches over the border is clipped.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+Box = tuple[float, float, float, float]
+
+# The names under which dropped parts are counted; index files and reports print them as they are.
+EMPTY_CAPTION = "empty caption"
+EMPTY_PHRASE = "empty phrase"
+BOX_OUTSIDE = "box outside image"
+BOX_WITHOUT_AREA = "box without area"
+
+# The reasons of a SampleError; stable, so that they can be counted.
+NO_TEXT = "no caption and no region"
+BROKEN_META = "broken metadata"
+NO_IMAGE = "no image"
+BROKEN_IMAGE = "broken image"
+EMPTY_IMAGE = "empty image"
+IMAGE_TOO_LARGE = "image too large"
+DUPLICATE_KEY = "duplicate key"
+
+# Pillow's own warning limit (a quarter of a gibibyte as RGB); above it a picture is taken for a
+# decompression bomb, whatever Pillow's global setting says.
+MAX_PIXELS = 89_478_485
+
+_OWN_FIELDS = ("captions", "caption", "regions", "width", "height")
+_REGION_FIELDS = ("box", "phrase", "entity")
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class SampleError(Exception):
+    """One sample cannot be used. `key` names it, `reason` is one of a few stable phrases."""
+
+    def __init__(self, key: str, reason: str, detail: str = "") -> None:
+        super().__init__(key, reason, detail)
+        self.key = key
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"sample {self.key}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A box of a picture and the phrase that names it.
+
+    `entity` is equal for the phrases and boxes of one picture that mean the same thing.
+    """
+
+    box: Box
+    phrase: str
+    entity: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture with its texts. Not empty: at least one caption or one region.
+
+    `image` is the encoded picture; `width` and `height` are pixels after EXIF rotation. `meta` has
+    every other field of the record; its entry "regions", where there is one, has the other fields
+    of each region, in the order of `regions`.
+    """
+
+    key: str
+    image: bytes = field(repr=False)
+    captions: tuple[str, ...]
+    regions: tuple[Region, ...]
+    width: int
+    height: int
+    meta: dict[str, Any]
+
+
+@dataclass
+class Tally:
+    """What was left out: `skipped` samples and `dropped` parts by reason, the first keys of each.
+
+    `examples` has at most `keep` lines a reason, each with the key and the detail of the error.
+    """
+
+    skipped: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    keep: int = 5
+
+    def skip(self, error: SampleError) -> None:
+        self.skipped[error.reason] += 1
+        listed = self.examples.setdefault(error.reason, [])
+        if len(listed) < self.keep:
+            listed.append(f"{error.key} ({error.detail})" if error.detail else error.key)
+
+    @property
+    def broken(self) -> int:
+        """Skipped samples that are damaged; a repeated key is none."""
+        return self.skipped.total() - self.skipped[DUPLICATE_KEY]
+
+
+def parse_sample(key: str, image: bytes, meta: Mapping[str, Any] | str, counts: Counter[str] | None = None) -> Sample:
+    """The validated sample; `meta` is a JSON object of a shard or the text of a KEY.txt.
+
+    Texts lose the white space around them and are otherwise kept as they are. Where `meta` has no
+    width and height, they are read from the head of the picture; the picture is not decoded. What
+    is dropped is added to `counts`. Raises SampleError when nothing is left, when `meta` has
+    another shape than the one above, and when the size has to be read and the head is broken.
+    """
+    counts = Counter() if counts is None else counts
+    if isinstance(meta, str):
+        meta = {"caption": meta}
+    captions = parse_captions(key, meta, counts)
+    width, height = _stored_size(meta) or image_size(key, image)
+    regions, extras = _parse_regions(key, meta, width, height, counts)
+    if not captions and not regions:
+        raise SampleError(key, NO_TEXT)
+    rest = {name: value for name, value in meta.items() if name not in _OWN_FIELDS}
+    if any(extras):
+        rest["regions"] = extras
+    return Sample(key, image, captions, regions, width, height, rest)
+
+
+def parse_captions(key: str, meta: Mapping[str, Any] | str, counts: Counter[str] | None = None) -> tuple[str, ...]:
+    """The captions of a record, the empty ones dropped and counted. Raises SampleError."""
+    if isinstance(meta, str):
+        meta = {"caption": meta}
+    if not isinstance(meta, Mapping):
+        raise SampleError(key, BROKEN_META, f"an object is expected, not {_kind(meta)}")
+    if "captions" in meta:
+        listed = meta["captions"]
+        if not isinstance(listed, list | tuple):
+            raise SampleError(key, BROKEN_META, f"captions: {_kind(listed)} instead of a list")
+    else:
+        listed = [meta["caption"]] if "caption" in meta else []
+    captions = []
+    for caption in listed:
+        if caption is not None and not isinstance(caption, str):
+            raise SampleError(key, BROKEN_META, f"a caption is {_kind(caption)} instead of text")
+        if caption and caption.strip():
+            captions.append(caption.strip())
+        elif counts is not None:
+            counts[EMPTY_CAPTION] += 1
+    return tuple(captions)
+
+
+def record_of(sample: Sample) -> dict[str, Any]:
+    """The JSON object of a sample: `parse_sample(key, image, record_of(sample)) == sample`."""
+    rest = dict(sample.meta)
+    extras = rest.pop("regions", None) or [{}] * len(sample.regions)
+    regions = []
+    for region, extra in zip(sample.regions, extras, strict=True):
+        entity = {} if region.entity is None else {"entity": region.entity}
+        regions.append({"box": list(region.box), "phrase": region.phrase, **entity, **extra})
+    record: dict[str, Any] = {"captions": list(sample.captions)}
+    if regions:
+        record["regions"] = regions
+    return {**record, "width": sample.width, "height": sample.height, **rest}
+
+
+def decode_image(sample: Sample) -> Image.Image:
+    """The picture as RGB, EXIF rotation applied. Raises SampleError.
+
+    Transparency is dropped, grey of 16 bits is scaled to 8.
+    """
+    opened = _open(sample.key, sample.image)
+    try:
+        opened.load()
+        orientation = _orientation(opened)  # after load: a PNG may have its EXIF at the end
+        image: Image.Image = opened
+        if image.mode.startswith("I;16"):
+            # Pillow's convert("RGB") would cut at 255 and give a white picture.
+            image = image.point(lambda level: level * (1 / 256) + 0).convert("L")
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if orientation != 1:
+            image = image.transpose(_TRANSPOSE[orientation])
+            image.info = {}  # or the next reader of its EXIF would turn it again
+        return image
+    except Exception as error:  # Pillow's decoders raise nearly any type on broken data
+        raise SampleError(sample.key, BROKEN_IMAGE, str(error)) from error
+
+
+def image_size(key: str, image: bytes) -> tuple[int, int]:
+    """(width, height) after EXIF rotation, from the head of the file. Raises SampleError."""
+    opened = _open(key, image)
+    width, height = opened.size
+    return (height, width) if _orientation(opened) >= 5 else (width, height)
+
+
+def clip_box(values: Any, width: float, height: float) -> Box | str:
+    """The box cut to the picture, or the name under which a useless one is counted."""
+    if not isinstance(values, list | tuple) or len(values) != 4:
+        return BOX_WITHOUT_AREA
+    try:
+        x1, y1, x2, y2 = (float(value) for value in values)
+    except (TypeError, ValueError, OverflowError):
+        return BOX_WITHOUT_AREA
+    if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 <= x1 or y2 <= y1:
+        return BOX_WITHOUT_AREA
+    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else BOX_OUTSIDE
+
+
+def _parse_regions(
+    key: str, meta: Mapping[str, Any], width: int, height: int, counts: Counter[str]
+) -> tuple[tuple[Region, ...], list[dict[str, Any]]]:
+    """The good regions and, in the same order, their other fields."""
+    listed = meta.get("regions") or []
+    if not isinstance(listed, list | tuple):
+        raise SampleError(key, BROKEN_META, f"regions: {_kind(listed)} instead of a list")
+    regions, extras = [], []
+    for item in listed:
+        if not isinstance(item, Mapping):
+            raise SampleError(key, BROKEN_META, f"a region is {_kind(item)}, not an object")
+        phrase, entity = item.get("phrase"), item.get("entity")
+        if phrase is not None and not isinstance(phrase, str):
+            raise SampleError(key, BROKEN_META, f"a phrase is {_kind(phrase)} instead of text")
+        box = clip_box(item.get("box"), width, height)
+        if not phrase or not phrase.strip():
+            counts[EMPTY_PHRASE] += 1
+        elif isinstance(box, str):
+            counts[box] += 1
+        else:
+            name = None if entity is None else str(entity)
+            regions.append(Region(box, phrase.strip(), name))
+            extras.append({k: v for k, v in item.items() if k not in _REGION_FIELDS})
+    return tuple(regions), extras
+
+
+def _stored_size(meta: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Width and height of the record where both are there and can be true."""
+    width, height = meta.get("width"), meta.get("height")
+    if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
+        return width, height
+    return None
+
+
+def _open(key: str, image: bytes) -> Image.Image:
+    """The picture with its head read and its size checked, not decoded."""
+    if not image:
+        raise SampleError(key, EMPTY_IMAGE, "0 bytes")
+    try:
+        opened = Image.open(io.BytesIO(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SampleError(key, IMAGE_TOO_LARGE, str(error)) from error
+    except Exception as error:  # Pillow's readers raise nearly any type on broken data
+        detail = "not a picture" if type(error) is not OSError else str(error)
+        raise SampleError(key, BROKEN_IMAGE, detail) from error
+    width, height = opened.size
+    if width * height > MAX_PIXELS:
+        raise SampleError(key, IMAGE_TOO_LARGE, f"{width} x {height} pixels")
+    return opened
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation from 1 to 8; 1 where there is none."""
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # broken EXIF says nothing of the picture itself, which may be whole
+        return 1
+    return orientation if orientation in _TRANSPOSE else 1
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__

@@ -1,0 +1,1 @@
+"""Evaluation: figures (metrics), protocols (tasks), the report, and `evaluate` that runs them."""

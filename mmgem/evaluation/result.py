@@ -1,0 +1,136 @@
+"""What a task gives back, its metrics.json, and the examples that the report shows.
+
+Receives figures; gives JSON of schema 1. Refuses figures that are not finite, with a ValueError:
+JSON has no name for them, and a reader would take them for a result.
+"""
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmgem.data.samples import Box
+from mmgem.evaluation.metrics.scores import Scores
+
+SCHEMA = 1
+
+Kind = Literal["drawn", "worst"]
+"""Drawn by lot (the same items for every model), or the worst of this model."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionExample:
+    """An image, what the model wrote for it, and what people wrote. score: its CIDEr."""
+
+    kind: Kind
+    image: int
+    written: str
+    references: tuple[str, ...]
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class BoxNote:
+    """A box, the phrases given to it, and what the model wrote. right: where it can be told."""
+
+    box: Box
+    phrases: tuple[str, ...]
+    written: str
+    right: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class RegionExample:
+    """Some boxes of one image."""
+
+    kind: Kind
+    image: int
+    notes: tuple[BoxNote, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One place of a result list: an image, or a box of it."""
+
+    image: int
+    box: Box | None
+    score: float
+    right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SearchExample:
+    """A query, its best results, and the place (from 1 on) of the best right one, `wanted`."""
+
+    kind: Kind
+    query: str
+    place: int
+    hits: tuple[Hit, ...]
+    wanted: Hit
+
+
+Example = CaptionExample | RegionExample | SearchExample
+
+
+@dataclass(slots=True)
+class TaskResult:
+    """Figures of one task for one model. Examples speak of images by their row in `Encoded`."""
+
+    task: str
+    protocol: dict[str, Any]
+    metrics: dict[str, float]
+    stderr: dict[str, float]
+    chance: dict[str, float]
+    examples: list[Example] = field(default_factory=list)
+    model: str = ""
+
+    @classmethod
+    def of(
+        cls, task: str, protocol: dict[str, Any], scores: Scores, examples: list[Example]
+    ) -> "TaskResult":
+        """From `Scores`. Raises ValueError if a figure is not finite."""
+        for kind in (scores.metrics, scores.stderr, scores.chance):
+            for name, value in kind.items():
+                if not math.isfinite(value):
+                    raise ValueError(f"{task}: {name} is {value}")
+        return cls(task, protocol, scores.metrics, scores.stderr, scores.chance, examples)
+
+    def to_json(self) -> dict[str, Any]:
+        """metrics.json of schema 1; without the examples."""
+        return {
+            "schema": SCHEMA,
+            "task": self.task,
+            "protocol": self.protocol,
+            "metrics": self.metrics,
+            "stderr": self.stderr,
+            "chance": self.chance,
+        }
+
+
+def metrics_json(results: list[TaskResult]) -> dict[str, Any] | list[dict[str, Any]]:
+    """One result: its schema. Several: a list of them, each with its "model"."""
+    if len(results) == 1:
+        return results[0].to_json()
+    return [{"model": r.model, **r.to_json()} for r in results]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all: a reader never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

@@ -1,0 +1,219 @@
+"""Evaluation of one or several models on one split: figures, metrics.json, report.html.
+
+Receives models (paths, or models in memory) by name, a data folder, a split and task names. Gives
+the results, and writes both files. Refuses, with a UserError: unknown tasks and names, missing
+data, and region tasks on data without regions, all before a model is loaded.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from mmgem.data.samples import decode_image
+from mmgem.data.shards import ShardedDataset
+from mmgem.errors import UserError
+from mmgem.evaluation.report import About, write_report
+from mmgem.evaluation.result import TaskResult, metrics_json, write_json
+from mmgem.evaluation.tasks import TASKS, Task, TaskOptions
+from mmgem.evaluation.tasks.common import versions
+from mmgem.inference.encode import Encoded, Encoder, encode_dataset
+
+Results = dict[str, dict[str, TaskResult]]
+
+
+def evaluate(
+    models: Mapping[str, str | Path | Encoder],
+    data: str | Path,
+    split: str,
+    tasks: Sequence[str],
+    out: str | Path,
+    *,
+    batch_size: int = 64,
+    device: str = "auto",
+    options: TaskOptions | None = None,
+    crop_baseline: bool | Collection[str] = False,
+    max_broken: float = 0.01,
+    run_dir: str | Path | None = None,
+    title: str = "",
+) -> Results:
+    """Runs the tasks on every model and gives `{model: {task: TaskResult}}`.
+
+    Each split is encoded once a model. models: name → run folder or exported model, or the model
+    itself; the order is that of the report's columns. crop_baseline: True, or the names of the
+    models, whose region retrieval also gets the baseline from boxes cut out. run_dir: the run whose
+    settings and curves the report shows; found beside the models if not given. Writes
+    `out/metrics.json` (one result: its schema; several: a list, each with "model") and
+    `out/report.html`.
+    """
+    chosen = _chosen(tasks)
+    if not models:
+        raise UserError("no model to evaluate: name at least one")
+    cropped = set(models) if crop_baseline is True else set(crop_baseline or ())
+    if unknown := cropped - set(models):
+        raise UserError(f"crop_baseline names {sorted(unknown)}, the models are {list(models)}")
+    dataset = _open(Path(data), split, chosen)
+    options = replace(options or TaskOptions(), split=split, data=Path(data).name)
+    results: Results = {}
+    facts: list[tuple[str, str]] = []
+    encoded: Encoded | None = None
+    for name, source in models.items():
+        model = _load(source, device)
+        facts.append((name, _sizes(model)))
+        encoded = encode_dataset(
+            model,
+            dataset,
+            batch_size=batch_size,
+            progress=options.progress,
+            texts=any(task.texts for task in chosen),
+            regions=any(task.regions for task in chosen),
+            crops=name in cropped and any(task.name == "region-retrieval" for task in chosen),
+            max_broken=max_broken,
+            title=name,
+        )
+        own = replace(options, baseline="crop" if name in cropped else "none")
+        results[name] = {task.name: task.run(model, encoded, own) for task in chosen}
+        for result in results[name].values():
+            result.model = name
+        del model  # before the next is loaded
+    assert encoded is not None
+    flat = [result for of_model in results.values() for result in of_model.values()]
+    write_json(Path(out) / "metrics.json", metrics_json(flat))
+    run = Path(run_dir) if run_dir is not None else find_run(models)
+    about = _about(title, run, facts, dataset, encoded, options)
+    write_report(Path(out) / "report.html", flat, _fetcher(dataset, encoded), about)
+    return results
+
+
+def _chosen(tasks: Sequence[str]) -> list[Task]:
+    for name in tasks:
+        if name not in TASKS:
+            raise UserError(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}")
+    if not tasks:
+        raise UserError(f"no task to run; the tasks are {', '.join(TASKS)}")
+    return [TASKS[name] for name in dict.fromkeys(tasks)]
+
+
+def _open(data: Path, split: str, tasks: Sequence[Task]) -> ShardedDataset:
+    """The split, checked for what the tasks need."""
+    if data.is_dir() and not (data / split).is_dir():
+        splits = sorted(p.parent.name for p in data.glob("*/index.json"))
+        has = f"it has {', '.join(splits)}" if splits else "make some with `mmgem data prepare`"
+        raise UserError(f"{data}: no split {split!r}; {has}")
+    dataset = ShardedDataset(data / split)
+    for task in tasks:
+        if task.regions and not dataset.has_regions:
+            raise UserError(
+                f"{data}: split {split} has no regions; {task.name} needs boxes with phrases, "
+                "choose other data or another task"
+            )
+    return dataset
+
+
+def _load(source: str | Path | Encoder, device: str) -> Encoder:
+    if not isinstance(source, (str, Path)):
+        return source
+    from mmgem import MMGem
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return MMGem.from_pretrained(source, device=device)
+
+
+def _sizes(model: Encoder) -> str:
+    """Parameters in all and by part: "12.3 M parameters: vision 2.2 M, language 9.8 M"."""
+    if not isinstance(model, nn.Module):
+        return "no parameters"
+    parts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+    }
+    total = sum(p.numel() for p in model.parameters())
+    named = ", ".join(f"{name} {_millions(n)}" for name, n in parts.items() if n)
+    return f"{_millions(total)} parameters" + (f": {named}" if named else "")
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _fetcher(dataset: ShardedDataset, encoded: Encoded) -> Callable[[int], Image.Image]:
+    """Image i of `Encoded`, read again from the shards; the last few are kept."""
+
+    @functools.lru_cache(maxsize=64)
+    def fetch(row: int) -> Image.Image:
+        return decode_image(dataset.sample(encoded.positions[row]))
+
+    return fetch
+
+
+# --- what the report says of the run ---------------------------------------------------------
+
+
+def find_run(models: Mapping[str, Any]) -> Path | None:
+    """The run folder that the last model given by path lies in: it has a log.jsonl."""
+    for source in reversed(list(models.values())):
+        if isinstance(source, (str, Path)):
+            path = Path(source).resolve()
+            for folder in (path, *list(path.parents)[:3]):
+                if (folder / "log.jsonl").is_file():
+                    return folder
+    return None
+
+
+def _about(
+    title: str,
+    run: Path | None,
+    facts: list[tuple[str, str]],
+    dataset: ShardedDataset,
+    encoded: Encoded,
+    options: TaskOptions,
+) -> About:
+    settings = run / "config.yaml" if run is not None else None
+    text = settings.read_text(encoding="utf-8") if settings and settings.is_file() else ""
+    counts = dataset.totals
+    data = f"{options.data}/{options.split}: {len(encoded.keys):,} images"
+    data += f", {counts.get('captions', 0):,} captions, {counts.get('regions', 0):,} regions"
+    shown = [*facts, *describe_config(text), ("Evaluated on", data)]
+    if encoded.skipped:
+        named = "; ".join(encoded.skipped[:3]) + (" …" if len(encoded.skipped) > 3 else "")
+        shown.append(("Skipped", f"{len(encoded.skipped)} broken: {named}"))
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return About(
+        title=title or f"mmgem · {run.name if run is not None else options.data}",
+        subtitle="One model that retrieves and writes, for images and for any box of them.",
+        facts=shown,
+        settings=text,
+        log=run / "log.jsonl" if run is not None else None,
+        footer=f"Made by {packages}.",
+    )
+
+
+def describe_config(text: str) -> list[tuple[str, str]]:
+    """The few lines of a run's resolved config.yaml that say what was trained, and how."""
+    tree = yaml.safe_load(text) if text else None
+    if not isinstance(tree, dict):
+        return []
+    model: dict[str, Any] = tree.get("model") or {}
+    vision, llm = model.get("vision") or {}, model.get("llm") or {}
+    tower = f"{vision.get('name') or vision.get('config_file') or 'own'} ({vision.get('library')})"
+    tower += f", {vision.get('image_size')} pixels"
+    tower += f", from {Path(str(vision['pretrained'])).name}" if vision.get("pretrained") else ""
+    shape = llm.get("config") or {}
+    words = [str(llm.get("name") or f"{shape.get('model_type', '')}, from random weights")]
+    for key, said in (("num_hidden_layers", "layers"), ("hidden_size", "wide")):
+        words += [f"{shape[key]} {said}"] if key in shape else []
+    out = [("Vision tower", tower), ("LLM", ", ".join(words))]
+    for stage in tree.get("stages") or []:
+        length = f"{stage['samples']:,} samples" if stage.get("samples") else ""
+        length = length or f"{stage.get('epochs')} epochs"
+        said = f"{length}, global batch {stage.get('global_batch')}, lr {stage.get('lr'):g}"
+        if stage.get("max_regions"):
+            said += f", at most {stage['max_regions']} regions an image"
+        out.append((f"Stage {stage.get('name')}", said))
+    return out

@@ -1,0 +1,76 @@
+"""Captions of whole images, compared with what people wrote.
+
+Receives an encoded split and the model that writes. Gives BLEU@1..4, ROUGE_L, CIDEr. Refuses a
+split without captions, with a UserError.
+"""
+
+import numpy as np
+
+from mmgem.errors import UserError
+from mmgem.evaluation.metrics.captions import caption_scores
+from mmgem.evaluation.result import CaptionExample, Example, Kind, TaskResult
+from mmgem.evaluation.tasks.common import TaskOptions, draw, protocol, worst
+from mmgem.inference.encode import Encoded, Encoder, write_texts
+
+NAME = "captioning"
+VERSION = 1
+
+
+def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
+    """Protocol: one caption for each readable image with captions, all of its captions as
+    references; beam search with `num_beams` (1: greedy), at most `max_new_tokens` tokens, no
+    prompt.
+
+    Tokens as coco-caption's PTBTokenizer; CIDEr's document frequencies from the references of this
+    split. Chance: the first caption of another image of the split, drawn by lot.
+    """
+    asked = [i for i, captions in enumerate(encoded.captions) if captions]
+    if not asked:
+        raise UserError(
+            f"{options.data or 'the data'}: split {options.split} has no captions; "
+            "captioning compares with them, choose other data or another task"
+        )
+    references = [encoded.captions[i] for i in asked]
+    written = write_texts(
+        model,
+        encoded.image_vectors_NE[asked],
+        progress=options.progress,
+        title="captions",
+        num_beams=options.num_beams,
+        max_new_tokens=options.max_new_tokens,
+    )
+    found = caption_scores(written, references, samples=options.samples, seed=options.seed)
+    scores = found.scores
+    scores.chance = chance_scores(references, options.seed)
+    stated = protocol(
+        model,
+        encoded,
+        options,
+        VERSION,
+        captions=sum(map(len, references)),
+        captions_an_image=[min(map(len, references)), max(map(len, references))],
+        num_beams=options.num_beams,
+        max_new_tokens=options.max_new_tokens,
+        chance="the first caption of another image",
+    )
+    drawn = draw(len(asked), options.drawn, options.seed)
+    bad = worst(-found.cider_N, options.worst, drawn)
+    examples: list[Example] = []
+    for n, i in enumerate(drawn + bad):
+        kind: Kind = "drawn" if n < len(drawn) else "worst"
+        examples.append(
+            CaptionExample(
+                kind, asked[i], written[i], tuple(references[i]), float(found.cider_N[i])
+            )
+        )
+    return TaskResult.of(NAME, stated, scores, examples)
+
+
+def chance_scores(references: list[list[str]], seed: int) -> dict[str, float]:
+    """The figures of an item's first reference given to another item; nothing for one item."""
+    count = len(references)
+    if count < 2:
+        return {}
+    shift = int(np.random.default_rng(seed).integers(1, count))
+    others = [references[(i + shift) % count][0] for i in range(count)]
+    return caption_scores(others, references, samples=0).scores.metrics

@@ -1,0 +1,94 @@
+"""What the tasks share: options, the protocol that stands beside the figures, and drawing examples.
+
+Receives the model, the encoded split and options. Refuses nothing by itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+import mmgem
+from mmgem.inference.encode import Encoded, Encoder
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """Options of all tasks.
+
+    baseline: "crop" adds the figures of boxes cut out and embedded as images (region-retrieval).
+    same_text: a caption that other images carry word for word counts for them as well (retrieval);
+    the published protocols count only the image's own.
+    samples: bootstrap resamples. drawn, worst: examples for the report.
+    """
+
+    split: str = "test"
+    data: str = ""
+    num_beams: int = 1
+    max_new_tokens: int = 30
+    baseline: Literal["none", "crop"] = "none"
+    same_text: bool = False
+    samples: int = 1000
+    seed: int = 0
+    drawn: int = 6
+    worst: int = 3
+    progress: bool = True
+
+
+def protocol(
+    model: Encoder,
+    encoded: Encoded,
+    options: TaskOptions,
+    task_version: int,
+    *,
+    units: str = "the images",
+    **more: Any,
+) -> dict[str, Any]:
+    """How the figures came about: split, counts, dtype, versions, and what the task adds."""
+    return {
+        "version": task_version,
+        "data": options.data,
+        "split": options.split,
+        "images": len(encoded.keys),
+        "skipped": len(encoded.skipped),
+        "prompt": None,
+        "dtype": dtype_of(model),
+        "stderr": f"bootstrap, {options.samples} resamples of {units}, seed {options.seed}",
+        **more,
+        "versions": versions(),
+    }
+
+
+def dtype_of(model: Encoder) -> str:
+    """The dtype of the weights, "float32" for a model without any; scores are always float32."""
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            return str(parameter.dtype).removeprefix("torch.")
+    return "float32"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that can change a figure."""
+    found = {"mmgem": mmgem.__version__}
+    for package in ("torch", "transformers", "open_clip_torch", "timm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def draw(items: int, count: int, seed: int) -> list[int]:
+    """`count` of `items` by lot, without repeats; the same for every model."""
+    count = min(items, count)
+    return sorted(np.random.default_rng(seed).choice(items, size=count, replace=False).tolist())
+
+
+def worst(badness: Sequence[float] | np.ndarray, count: int, without: Sequence[int]) -> list[int]:
+    """The `count` items of greatest badness, worst first; not those in `without`."""
+    left_out = set(without)
+    order = np.argsort(-np.asarray(badness, dtype=np.float64), kind="stable")
+    return [int(i) for i in order if int(i) not in left_out][:count]

@@ -1,0 +1,130 @@
+"""Retrieval between boxes and phrases over a whole split, both ways.
+
+Receives an encoded split with regions. Gives recall@1, 5, 10 and the median rank, text → region and
+region → text, and on wish the same from the boxes cut out as images. Refuses a split without
+regions, with a UserError.
+"""
+
+from torch import Tensor
+
+from mmgem.errors import UserError
+from mmgem.evaluation.metrics.retrieval import (
+    Positives,
+    best_ranks,
+    recall_scores,
+    top_k,
+    unit_vectors,
+)
+from mmgem.evaluation.metrics.scores import Scores
+from mmgem.evaluation.result import Example, Hit, Kind, SearchExample, TaskResult
+from mmgem.evaluation.tasks.boxes import BoxTable, box_table
+from mmgem.evaluation.tasks.common import TaskOptions, draw, protocol, worst
+from mmgem.inference.encode import Encoded, Encoder
+
+NAME = "region-retrieval"
+VERSION = 1
+
+
+def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
+    """Protocol: all distinct boxes of the readable images against all distinct phrases of the
+    split (`normalise_phrase`: case, punctuation and a leading article do not count; each phrase is
+    embedded once, in its most frequent wording), cosine in float32.
+
+    `region_image_retrieval_*`: text → region; each distinct phrase is a query, the gallery is all
+    boxes, and any box that carries the phrase counts. `region_text_retrieval_*`: region → text;
+    each box is a query, the gallery is the distinct phrases, and any phrase of the box counts.
+    A box carries the phrases of its own regions and those of the entities they name. A tie with a
+    wrong item is a loss. With `baseline="crop"` the same under `crop_`, from the image vector of
+    each box cut out. Standard errors resample phrases and images.
+    """
+    table = box_table(encoded, options)
+    to_text = table.box_to_phrase
+    to_box = to_text.reversed()
+    phrases_QE = encoded.phrase_vectors_PE[table.spoken]
+    scores, ranks_Q = _both_ways(
+        encoded.region_vectors_RE[table.rows], phrases_QE, to_text, to_box, table, options
+    )
+    if options.baseline == "crop":
+        if encoded.crop_vectors_RE is None:
+            raise UserError(
+                "the crop baseline needs the boxes' cut-outs; encode the data with crops=True"
+            )
+        crops_BE = encoded.crop_vectors_RE[table.rows]
+        of_crops, _ = _both_ways(crops_BE, phrases_QE, to_text, to_box, table, options)
+        scores.update(of_crops.prefixed("crop_"))
+    stated = protocol(
+        model,
+        encoded,
+        options,
+        VERSION,
+        regions=len(encoded.region_boxes),
+        boxes=len(table.boxes),
+        phrases=len(table.names),
+        baseline=options.baseline,
+        units="the images, and of the phrases for text to region",
+        chance="exact, of a random order",
+    )
+    examples = _examples(encoded, table, to_box, phrases_QE, ranks_Q, options)
+    return TaskResult.of(NAME, stated, scores, examples)
+
+
+def _both_ways(
+    boxes_BE: Tensor,
+    phrases_QE: Tensor,
+    to_text: Positives,
+    to_box: Positives,
+    table: BoxTable,
+    options: TaskOptions,
+) -> tuple[Scores, Tensor]:
+    """The figures of both directions, and the ranks [Q] of text → region."""
+    ranks_Q = best_ranks(phrases_QE, boxes_BE, to_box)
+    scores = recall_scores(
+        "region_image_retrieval", ranks_Q, to_box, samples=options.samples, seed=options.seed
+    )
+    scores.update(
+        recall_scores(
+            "region_text_retrieval",
+            best_ranks(boxes_BE, phrases_QE, to_text),
+            to_text,
+            groups=table.image.numpy(),
+            samples=options.samples,
+            seed=options.seed,
+        )
+    )
+    return scores, ranks_Q
+
+
+def _examples(
+    encoded: Encoded,
+    table: BoxTable,
+    to_box: Positives,
+    phrases_QE: Tensor,
+    ranks_Q: Tensor,
+    options: TaskOptions,
+) -> list[Example]:
+    """Some phrases with their five best boxes: drawn by lot, and the worst."""
+    ranks = ranks_Q.numpy()
+    drawn = draw(len(ranks), options.drawn, options.seed)
+    chosen = drawn + worst(ranks, options.worst, drawn)
+    if not chosen:
+        return []
+    boxes_BE = encoded.region_vectors_RE[table.rows]
+    values, rows = top_k(phrases_QE[chosen], boxes_BE, 5)
+    out: list[Example] = []
+    for n, q in enumerate(chosen):
+        right = to_box.items[to_box.starts[q] : to_box.starts[q + 1]]
+        near = unit_vectors(boxes_BE[right]) @ unit_vectors(phrases_QE[q : q + 1])[0]
+        best = int(near.argmax())
+        hits = tuple(
+            _hit(table, int(b), float(s), bool((right == b).any()))
+            for s, b in zip(values[n], rows[n], strict=True)
+        )
+        kind: Kind = "drawn" if n < len(drawn) else "worst"
+        wanted = _hit(table, int(right[best]), float(near[best]), True)
+        query = encoded.phrases[table.spoken[q]]
+        out.append(SearchExample(kind, query, int(ranks[q]) + 1, hits, wanted))
+    return out
+
+
+def _hit(table: BoxTable, box: int, score: float, right: bool) -> Hit:
+    return Hit(int(table.image[box]), table.boxes[box], score, right)

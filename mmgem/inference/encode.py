@@ -1,0 +1,371 @@
+"""A whole split through a model: the vectors of images, boxes, captions and phrases.
+
+Receives a model (`Encoder`, what MMGem offers) and a dataset that gives sample i. Gives `Encoded`:
+un-normalised float32 vectors on the CPU, with the texts and the keys they belong to. Every image
+passes the vision tower once, for itself and for all of its boxes; every distinct text passes the
+LLM once. A broken sample is skipped, counted and named; more of them than `max_broken` are refused
+with a UserError, and so is a split without a single readable image.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import ceil, floor
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmgem.data.samples import Box, Sample, SampleError, decode_image
+from mmgem.errors import UserError
+
+_PLAIN_LINE_EVERY = 10.0  # seconds between lines where the output is not a terminal
+_CROP_BATCH = 64
+
+
+class Encoder(Protocol):
+    """The part of MMGem that encoding and evaluation use. Vectors come un-normalised."""
+
+    def image_vectors(self, images: Sequence[Image.Image], batch_size: int = ...) -> Tensor: ...
+
+    def image_and_region_vectors(
+        self,
+        images: Sequence[Image.Image],
+        boxes: Sequence[Sequence[Box]],
+        batch_size: int = ...,
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    def text_vectors(self, texts: Sequence[str], batch_size: int = ...) -> Tensor: ...
+
+    def write(
+        self, vectors_NE: Tensor, *, num_beams: int = ..., max_new_tokens: int = ...
+    ) -> list[str]: ...
+
+
+class Dataset(Protocol):
+    """The part of ShardedDataset that is used here."""
+
+    keys: list[str]
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, /) -> Sample: ...
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One split, encoded. N images, M captions, R regions (one a box and phrase), P phrases."""
+
+    image_vectors_NE: Tensor
+    keys: list[str]
+    positions: list[int]
+    """[N] where each image stands in the dataset: skipped samples leave gaps."""
+    captions: list[list[str]]
+    text_vectors_ME: Tensor
+    """Captions, image after image; [0, E] if texts were not asked for."""
+    text_image: Tensor
+    """[M] the image (0 … N-1) of each caption."""
+    region_vectors_RE: Tensor
+    """Regions of equal box have equal rows; [0, E] if regions were not asked for."""
+    region_image: Tensor
+    """[R] the image of each region."""
+    region_boxes: list[Box]
+    region_phrases: list[str]
+    region_entities: list[str | None]
+    phrases: list[str]
+    """The distinct phrases, as the data write them."""
+    phrase_vectors_PE: Tensor
+    crop_vectors_RE: Tensor | None = None
+    """The image vector of each box cut out as a picture of its own; the baseline."""
+    skipped: list[str] = field(default_factory=list)
+    """One line for each broken sample: its key and the reason."""
+
+    @property
+    def caption_texts(self) -> list[str]:
+        """[M] the captions in one list, in the order of `text_vectors_ME`."""
+        return [caption for captions in self.captions for caption in captions]
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """One batch from the disk: position, sample and picture of each readable sample."""
+
+    items: list[tuple[int, Sample, Image.Image]]
+    skipped: list[str]
+    read: int
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What the batches add up to."""
+
+    images: list[Tensor] = field(default_factory=list)
+    regions: list[Tensor] = field(default_factory=list)
+    crops: list[Tensor] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def encode_dataset(
+    model: Encoder,
+    dataset: Dataset,
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+    texts: bool = True,
+    regions: bool = True,
+    crops: bool = False,
+    max_broken: float = 0.01,
+    title: str = "encode",
+) -> Encoded:
+    """Streams the split once and encodes it.
+
+    texts: also the captions (without them only images). regions: also boxes and their phrases.
+    crops: also each box's cut-out as an image of its own, one vision pass a distinct box.
+    max_broken: the share of samples that may be broken (one always may). Raises UserError.
+    """
+    parts = _Parts()
+    with Progress(f"{title}: images", len(dataset), show=progress) as bar:
+        for loaded in _batches(dataset, batch_size):
+            parts.skipped += loaded.skipped
+            _refuse_if_broken(parts.skipped, len(dataset), max_broken)
+            if loaded.items:
+                _encode_batch(model, loaded, parts, regions, crops)
+            bar.advance(loaded.read)
+    if not parts.samples:
+        raise UserError(
+            f"{title}: no readable image among {len(dataset)} samples"
+            + (f", the first: {parts.skipped[0]}" if parts.skipped else "")
+            + "; run `mmgem data check` on the data"
+        )
+    return _assemble(model, parts, texts, regions, crops, progress, title)
+
+
+def _refuse_if_broken(skipped: list[str], total: int, max_broken: float) -> None:
+    if len(skipped) > max(1.0, max_broken * total):
+        raise UserError(
+            f"{len(skipped)} of {total} samples are broken, more than the share of {max_broken:g} "
+            f"that may be; the first: {skipped[0]}; run `mmgem data check` or raise max_broken"
+        )
+
+
+def _batches(dataset: Dataset, batch_size: int) -> Iterator[_Loaded]:
+    """Reads and decodes the next batch in a thread of its own while the model is at work."""
+    starts = range(0, len(dataset), batch_size)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = None
+        for start in starts:
+            following = pool.submit(_load, dataset, start, min(start + batch_size, len(dataset)))
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()
+
+
+def _load(dataset: Dataset, start: int, stop: int) -> _Loaded:
+    loaded = _Loaded([], [], stop - start)
+    for position in range(start, stop):
+        try:
+            sample = dataset.sample(position)
+            loaded.items.append((position, sample, decode_image(sample)))
+        except SampleError as error:
+            loaded.skipped.append(str(error))
+    return loaded
+
+
+def _encode_batch(
+    model: Encoder, loaded: _Loaded, parts: _Parts, regions: bool, crops: bool
+) -> None:
+    """One vision pass for the images and their distinct boxes; boxes of several phrases once."""
+    images = [image for _, _, image in loaded.items]
+    samples = [sample for _, sample, _ in loaded.items]
+    distinct = [list(dict.fromkeys(r.box for r in s.regions)) if regions else [] for s in samples]
+    v_BE, r_RE = model.image_and_region_vectors(images, distinct, batch_size=len(images))
+    parts.images.append(_plain(v_BE))
+    parts.positions += [position for position, _, _ in loaded.items]
+    parts.samples += samples
+    if not regions:
+        return
+    cut = [crop(image, box) for image, own in zip(images, distinct, strict=True) for box in own]
+    cut_vectors = (
+        _plain(model.image_vectors(cut, batch_size=_CROP_BATCH)) if crops and cut else None
+    )
+    done = 0
+    for sample, boxes, vectors in zip(samples, distinct, r_RE, strict=True):
+        rows = [boxes.index(region.box) for region in sample.regions]
+        parts.regions.append(_plain(vectors)[rows])
+        if cut_vectors is not None:
+            parts.crops.append(cut_vectors[[done + row for row in rows]])
+        done += len(boxes)
+
+
+def crop(image: Image.Image, box: Box) -> Image.Image:
+    """The box cut out, its edges moved outwards to whole pixels."""
+    x1, y1, x2, y2 = floor(box[0]), floor(box[1]), ceil(box[2]), ceil(box[3])
+    return image.crop((x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
+
+
+def _plain(x: Tensor) -> Tensor:
+    """float32 on the CPU, free of graphs and of inference mode."""
+    return x.detach().float().cpu().clone()
+
+
+def _assemble(
+    model: Encoder,
+    parts: _Parts,
+    texts: bool,
+    regions: bool,
+    crops: bool,
+    progress: bool,
+    title: str,
+) -> Encoded:
+    captions = [list(sample.captions) for sample in parts.samples]
+    owned = [(i, r) for i, s in enumerate(parts.samples) for r in s.regions] if regions else []
+    flat = [caption for own in captions for caption in own] if texts else []
+    phrases = list(dict.fromkeys(region.phrase for _, region in owned))
+    distinct = list(dict.fromkeys([*flat, *phrases]))
+    row = {text: i for i, text in enumerate(distinct)}
+    image_NE = torch.cat(parts.images)
+    _refuse_not_finite(image_NE, parts.samples, title)
+    nothing = image_NE.new_zeros(0, image_NE.shape[1])
+    vectors = embed_texts(model, distinct, progress=progress, title=title) if distinct else nothing
+    counts = torch.tensor([len(own) for own in captions] if texts else [0] * len(captions))
+    return Encoded(
+        image_vectors_NE=image_NE,
+        keys=[sample.key for sample in parts.samples],
+        positions=parts.positions,
+        captions=captions,
+        text_vectors_ME=vectors[torch.tensor([row[t] for t in flat], dtype=torch.int64)],
+        text_image=torch.repeat_interleave(torch.arange(len(captions)), counts),
+        region_vectors_RE=torch.cat([*parts.regions, nothing]),
+        region_image=torch.tensor([i for i, _ in owned], dtype=torch.int64),
+        region_boxes=[region.box for _, region in owned],
+        region_phrases=[region.phrase for _, region in owned],
+        region_entities=[region.entity for _, region in owned],
+        phrases=phrases,
+        phrase_vectors_PE=vectors[torch.tensor([row[t] for t in phrases], dtype=torch.int64)],
+        crop_vectors_RE=torch.cat([*parts.crops, nothing]) if crops and regions else None,
+        skipped=parts.skipped,
+    )
+
+
+def _refuse_not_finite(image_NE: Tensor, samples: list[Sample], title: str) -> None:
+    bad = (~torch.isfinite(image_NE).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"{title}: the model's vectors are not finite for {len(bad)} of {len(samples)} images, "
+            f"the first is {samples[bad[0]].key}; its training has diverged, use an earlier "
+            "checkpoint"
+        )
+
+
+def embed_texts(
+    model: Encoder, texts: Sequence[str], *, progress: bool = True, title: str = "encode"
+) -> Tensor:
+    """[N, E] un-normalised vectors, in pieces so that progress can be shown."""
+    # Short texts together: the model pads to the longest of a batch.
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    pieces = in_pieces(
+        [texts[i] for i in order],
+        lambda piece: [_plain(model.text_vectors(piece))],
+        Progress(f"{title}: texts", len(texts), show=progress),
+    )
+    shuffled = torch.cat(pieces)
+    out = torch.empty_like(shuffled)
+    out[torch.tensor(order)] = shuffled
+    return out
+
+
+def write_texts(
+    model: Encoder,
+    vectors_NE: Tensor,
+    *,
+    progress: bool = True,
+    title: str = "write",
+    **options: Any,
+) -> list[str]:
+    """What the model writes for each vector (un-normalised), with progress."""
+    return in_pieces(
+        vectors_NE,
+        lambda piece: model.write(piece, **options),
+        Progress(f"{title}: texts", len(vectors_NE), show=progress),
+    )
+
+
+def in_pieces(
+    items: Any, work: Callable[[Any], list[Any]], bar: "Progress", piece: int = 256
+) -> list[Any]:
+    """`work` on slices of `items`, its lists joined, the bar moved on after each."""
+    out: list[Any] = []
+    with bar:
+        for start in range(0, len(items), piece):
+            part = items[start : start + piece]
+            out += work(part)
+            bar.advance(len(part))
+    return out
+
+
+class Progress:
+    """Count, rate and time left of a long piece of work, on stderr.
+
+    A rich bar on a terminal; elsewhere (a log file, a pipe) a plain line every ten seconds and one
+    at the end of what took that long.
+    """
+
+    def __init__(self, title: str, total: int, *, show: bool = True) -> None:
+        self.title, self.total, self.show = title, total, show
+        self.done = 0
+        self._bar: Any = None
+        self._task: Any = None
+        self._start = self._last_line = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        self._start = self._last_line = time.monotonic()
+        if self.show and sys.stderr.isatty():
+            from rich import progress as rich
+            from rich.console import Console
+
+            self._bar = rich.Progress(
+                rich.TextColumn("{task.description}"),
+                rich.BarColumn(),
+                rich.MofNCompleteColumn(),
+                rich.TextColumn("{task.fields[rate]}"),
+                rich.TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, rate="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._last_line > self._start:
+            self._line()
+
+    def advance(self, n: int) -> None:
+        """n more items are done."""
+        self.done += n
+        if self._bar is not None:
+            self._bar.update(self._task, advance=n, rate=f"{self._rate():.1f}/s")
+        elif self.show and time.monotonic() - self._last_line >= _PLAIN_LINE_EVERY:
+            self._line()
+
+    def _rate(self) -> float:
+        return self.done / max(time.monotonic() - self._start, 1e-9)
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        rate = self._rate()
+        left = (self.total - self.done) / rate if rate else 0.0
+        print(
+            f"{self.title} {self.done}/{self.total}, {rate:.1f}/s, {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,46 @@
+"""InfoNCE with several positives.
+
+Receives un-normalised vectors of two sides and ids that say which belong together. Gives the loss. Refuses nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def positives(owner_N: Tensor, text_owner_M: Tensor, text_M: Tensor) -> Tensor:
+    """N x M bool: true where the text, or an equal one, was given to x's owner.
+
+    owner_N: what each x is (its image, or its entity). text_owner_M: whom each text was given to. text_M: equal for
+    equal texts. So two captions of one image, and one phrase of two boxes, are never each other's negatives.
+    """
+    own_NM = owner_N[:, None] == text_owner_M[None, :]
+    same_MM = text_M[:, None] == text_M[None, :]
+    return (own_NM.float() @ same_MM.float()) > 0
+
+
+def info_nce(x_NE: Tensor, y_ME: Tensor, positive_NM: Tensor, logit_scale: Tensor) -> Tensor:
+    """x→y plus y→x (a sum, as in MM-GEM), each the mean over its queries, in fp32.
+
+    A query's positives p are averaged; each stands against the negatives alone, never against another positive:
+
+        L_i = mean_p −log( exp(s_ip) / (exp(s_ip) + Σ_{j negative} exp(s_ij)) ),   s = exp(logit_scale) · cos(x, y)
+
+    With one positive a query this is InfoNCE (van den Oord et al. 2018) as CLIP has it. Queries without a positive do
+    not count; without any, the loss is 0.
+    """
+    with torch.autocast(x_NE.device.type, enabled=False):
+        x_NE, y_ME = F.normalize(x_NE.float(), dim=-1), F.normalize(y_ME.float(), dim=-1)
+        score_NM = logit_scale.float().exp() * x_NE @ y_ME.T
+        return _one_way(score_NM, positive_NM) + _one_way(score_NM.T, positive_NM.T)
+
+
+def _one_way(score_NM: Tensor, positive_NM: Tensor) -> Tensor:
+    negatives_N1 = score_NM.masked_fill(positive_NM, torch.finfo(score_NM.dtype).min).logsumexp(dim=1, keepdim=True)
+    # −log(e^s / (e^s + e^neg)) = softplus(neg − s)
+    loss_NM = F.softplus(negatives_N1 - score_NM) * positive_NM
+    count_N = positive_NM.sum(dim=1)
+    loss_N = loss_NM.sum(dim=1) / count_N.clamp(min=1)
+    return loss_N.sum() / (count_N > 0).sum().clamp(min=1)

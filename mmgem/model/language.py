@@ -1,0 +1,159 @@
+"""The one LLM: packed rows in, hidden states out; logits where they are wanted; captions written with a cache.
+
+Receives an LlmConfig (any Hugging Face causal LM: hub id, folder, or random from a config). Gives `LanguageModel`.
+Refuses models whose packed segments see each other (found by trying) and configs that contradict what is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmgem.config import LlmConfig
+from mmgem.errors import UserError
+
+
+class LanguageModel(nn.Module):
+    """A causal LM with two added input rows, for [EMB] and [CAP].
+
+    The rows are a parameter of their own, so that they train while the LLM is frozen. Neither token is ever written,
+    so there are no output rows for them.
+    """
+
+    def __init__(self, config: LlmConfig, vocab_size: int, emb_id: int, cap_id: int, load_weights: bool = True):
+        super().__init__()
+        self.hf = create_llm(config, vocab_size, load_weights)
+        self.emb_id, self.cap_id = emb_id, cap_id
+        self.width = int(self.hf.get_input_embeddings().embedding_dim)
+        table = self.hf.get_input_embeddings().weight
+        std = 0.02 if table.is_meta else float(table.detach().float().std())
+        self.added_2D = nn.Parameter(torch.randn(2, self.width) * std)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The LM without its output head."""
+        return self.hf.get_decoder() if hasattr(self.hf, "get_decoder") else self.hf.base_model
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids of any shape -> the same shape x D."""
+        is_emb, is_cap = ids == self.emb_id, ids == self.cap_id
+        embedded = self.hf.get_input_embeddings()(ids.masked_fill(is_emb | is_cap, 0))
+        added_2D = self.added_2D.to(embedded.dtype)
+        embedded = torch.where(is_emb[..., None], added_2D[0], embedded)
+        return torch.where(is_cap[..., None], added_2D[1], embedded)
+
+    def forward(self, embedded_nLD: Tensor, segment_nL: Tensor, position_nL: Tensor) -> Tensor:
+        """Packed rows -> hidden states n x L x D after the last norm.
+
+        segment_nL: which stream a token belongs to (the same number: the same stream; padding: -1).
+        position_nL: restarts at 0 with each stream.
+        """
+        mask_n1LL = packed_mask(segment_nL, embedded_nLD.dtype)
+        # use_cache=False: with a cache transformers drops the isolation of packed segments, silently.
+        return self.backbone(
+            inputs_embeds=embedded_nLD, attention_mask=mask_n1LL, position_ids=position_nL, use_cache=False
+        ).last_hidden_state
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Hidden states at the wanted positions -> N x vocabulary."""
+        logits = self.hf.get_output_embeddings()(hidden_ND)
+        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @torch.no_grad()
+    def generate(self, embedded_BLD: Tensor, eos_id: int, pad_id: int, **options: Any) -> Tensor:
+        """Writes on after a prefix, which is equally long for all, so nothing is padded. Gives B x T ids."""
+        return self.hf.generate(  # pyright: ignore[reportCallIssue]
+            inputs_embeds=embedded_BLD,
+            attention_mask=torch.ones(embedded_BLD.shape[:2], dtype=torch.long, device=embedded_BLD.device),
+            eos_token_id=eos_id,
+            pad_token_id=pad_id,
+            **options,
+        )
+
+    @torch.no_grad()
+    def refuse_leaks(self) -> None:
+        """Runs two streams packed and alone; raises UserError if they differ: this LM cannot be packed."""
+        training = self.training
+        self.eval()
+        parameter = next(self.hf.parameters())
+        generator = torch.Generator().manual_seed(0)
+        rows_1LD = torch.randn(1, 9, self.width, generator=generator).to(parameter.device, parameter.dtype)
+        rows_1LD = rows_1LD * self.added_2D.std().to(parameter.dtype)
+        segment_1L = torch.tensor([[0] * 4 + [1] * 5], device=parameter.device)
+        position_1L = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=parameter.device)
+        packed = self(rows_1LD, segment_1L, position_1L)[:, 4:].float()
+        alone = self(rows_1LD[:, 4:], segment_1L[:, 4:], position_1L[:, 4:])[:, :].float()
+        self.train(training)
+        tolerance = 1e-4 if parameter.dtype == torch.float32 else 5e-2
+        difference = ((packed - alone).norm() / alone.norm()).item()
+        if not difference < tolerance:
+            raise UserError(
+                f"model.llm: {self.hf.config.model_type} does not keep packed texts apart (difference {difference:.1e}); "
+                "choose an LLM with ordinary causal attention"
+            )
+
+
+def packed_mask(segment_nL: Tensor, dtype: torch.dtype) -> Tensor:
+    """Block-diagonal causal mask n x 1 x L x L, added to the attention scores: 0 to see, the type's lowest to hide.
+
+    Padding sees itself only, so that no row of the soft-max is empty. Additive and not bool: transformers' eager
+    attention adds whatever it is given.
+    """
+    length = segment_nL.shape[1]
+    causal_LL = torch.ones(length, length, dtype=torch.bool, device=segment_nL.device).tril()
+    same_nLL = (segment_nL[:, :, None] == segment_nL[:, None, :]) & causal_LL
+    padding_nL = segment_nL < 0
+    own_LL = torch.eye(length, dtype=torch.bool, device=segment_nL.device)
+    same_nLL = torch.where(padding_nL[:, :, None], own_LL, same_nLL)
+    mask_nLL = torch.zeros(same_nLL.shape, dtype=dtype, device=segment_nL.device)
+    return mask_nLL.masked_fill(~same_nLL, torch.finfo(dtype).min)[:, None]
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+
+def create_llm(config: LlmConfig, vocab_size: int, load_weights: bool = True) -> Any:
+    """The Hugging Face causal LM. A random one gets `vocab_size` rows; a loaded one must have at least as many."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.name and load_weights:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                config.name, attn_implementation=config.attention, dtype=torch.float32
+            )
+        except (OSError, ValueError) as e:
+            raise UserError(f"model.llm.name={config.name}: cannot be loaded ({' '.join(str(e).split())[:250]})") from e
+        _refuse_contradictions(config, model.config.to_dict())
+        if model.get_input_embeddings().num_embeddings < vocab_size:
+            raise UserError(
+                f"model.llm.name={config.name}: {model.get_input_embeddings().num_embeddings} embedding rows for a tokenizer of "
+                f"{vocab_size} tokens; leave model.tokenizer.path empty to use the LLM's own"
+            )
+    else:
+        settings = copy.deepcopy(config.config)
+        model_type = settings.pop("model_type", None)
+        if model_type is None:
+            raise UserError("model.llm.config: model_type is missing, e.g. llama")
+        settings["vocab_size"] = max(vocab_size, settings.get("vocab_size", 0))
+        try:
+            hf_config = AutoConfig.for_model(model_type, **settings)
+            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=config.attention)
+        except (ValueError, TypeError, KeyError) as e:
+            raise UserError(f"model.llm.config: transformers cannot build it ({' '.join(str(e).split())[:250]})") from e
+    if config.gradient_checkpointing:
+        # Renamed within transformers 5; both names are in use.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
+def _refuse_contradictions(config: LlmConfig, loaded: dict[str, Any]) -> None:
+    for key, value in config.config.items():
+        if key in loaded and loaded[key] != value:
+            raise UserError(
+                f"model.llm.config.{key}={value}, but {config.name} has {loaded[key]}; correct the config or leave the key out"
+            )

@@ -1,0 +1,335 @@
+"""MM-GEM: one path that retrieves and writes (Ma et al. 2024, arXiv 2405.19333), readable top to bottom.
+
+    V    = vision(image)                      feature map, class token dropped
+    v    = h1(mean(V))                        whole image
+    r    = h1(roi_align(V, box))              one region
+    t    = h2(LLM([BOS] x1 … xn [EMB]))       a text's vector, at [EMB]
+    V_in = h3(v) or h3(r)                     ONE token; made from the very vector that is retrieved with
+    LLM([BOS] V_in [CAP] x1 … xn) -> x1 … xn [EOS]
+
+Receives normalised pictures, boxes as shares of the picture, packed texts. Gives vectors and logits. Training adds the
+losses (`mmgem.losses`); use goes through the methods of the second half, which take PIL pictures and strings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mmgem.config import ModelConfig
+from mmgem.images import move_boxes
+from mmgem.model.aggregator import PoolAggregator
+from mmgem.model.language import LanguageModel
+from mmgem.model.vision import VisionTower, create_tower
+from mmgem.text import PackedTexts, TextCodec
+
+MAX_LOGIT_SCALE = math.log(100)
+Boxes = Sequence[Sequence[float]]
+
+
+@dataclass(slots=True)
+class Output:
+    """What one training forward gives. M texts: first those of images, then the phrases of regions."""
+
+    v_BE: Tensor
+    r_RE: Tensor
+    t_ME: Tensor
+    """Empty (0 x E) if no embedding stream was packed."""
+    hidden_TD: Tensor
+    """At label positions; `logits` turns them into scores."""
+
+
+class MMGem(nn.Module):
+    def __init__(self, config: ModelConfig, tokenizer: Any, load_weights: bool = True):
+        """`load_weights=False` builds shapes only, e.g. on the meta device or before loading a checkpoint."""
+        super().__init__()
+        self.config = config
+        self.codec = TextCodec(tokenizer, config.max_tokens)
+        self.vision: VisionTower = create_tower(config.vision, load_weights)
+        self.aggregator = PoolAggregator(config.roi_size, config.roi_sampling)
+        self.language = LanguageModel(
+            config.llm, self.codec.vocab_size, self.codec.emb_id, self.codec.cap_id, load_weights
+        )
+        C, D, E = self.vision.width, self.language.width, config.embed_dim
+        # h1 is linear so that it commutes with the mean: one h1 serves images, boxes and single places.
+        self.h1 = nn.Linear(C, E)
+        self.h2 = nn.Linear(D, E)
+        self.h3 = nn.Linear(E, D)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.preprocess = self.vision.preprocess()
+        for module in (self.h1, self.h2, self.h3):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.zeros_(module.bias)
+
+    # --- the path -----------------------------------------------------------------------------------------------------
+
+    def image_vectors_from_map(self, map_BCHW: Tensor) -> Tensor:
+        """map_BCHW -> v_BE, not normalised."""
+        return self.h1(self._visual_dropout(self.aggregator.image(map_BCHW)))
+
+    def region_vectors_from_map(self, map_BCHW: Tensor, boxes_R4: Tensor, image_R: Tensor) -> Tensor:
+        """map_BCHW, boxes as shares, each box's image -> r_RE, not normalised."""
+        return self.h1(self._visual_dropout(self.aggregator.regions(map_BCHW, boxes_R4, image_R)))
+
+    def _visual_dropout(self, pooled: Tensor) -> Tensor:
+        return F.dropout(pooled, self.config.visual_dropout, self.training)
+
+    def forward(
+        self,
+        pictures: Tensor,
+        texts: PackedTexts,
+        text_vector_M: Tensor,
+        boxes_R4: Tensor | None = None,
+        region_image_R: Tensor | None = None,
+        from_trunk: bool = False,
+    ) -> Output:
+        """One step's forward: one pass of the tower, one of the LLM.
+
+        pictures: B x 3 x S x S normalised, or, `from_trunk`, what `vision.trunk` gave for them.
+        text_vector_M: which row of [v_BE; r_RE] each text belongs to.
+        """
+        map_BCHW = self.vision.rest(pictures) if from_trunk else self.vision(pictures)
+        v_BE = self.image_vectors_from_map(map_BCHW)
+        if boxes_R4 is not None and region_image_R is not None and len(boxes_R4):
+            r_RE = self.region_vectors_from_map(map_BCHW, boxes_R4, region_image_R)
+        else:
+            r_RE = v_BE.new_zeros(0, v_BE.shape[1])
+
+        embedded_nLD = self.language.embed(texts.ids_nL)
+        flat_ND = embedded_nLD.flatten(0, 1)
+        if len(texts.word_index_T) and self.training and self.config.token_dropout:
+            kept_T = torch.rand(len(texts.word_index_T), device=flat_ND.device) >= self.config.token_dropout
+            kept_N = torch.ones(len(flat_ND), device=flat_ND.device, dtype=flat_ND.dtype)
+            flat_ND = flat_ND * kept_N.index_put((texts.word_index_T,), kept_T.to(flat_ND.dtype))[:, None]
+        if len(texts.visual_index_M):
+            visual_MD = self.h3(torch.cat([v_BE, r_RE])[text_vector_M])
+            flat_ND = flat_ND.index_put((texts.visual_index_M,), visual_MD.to(flat_ND.dtype))
+        hidden_ND = self.language(flat_ND.view_as(embedded_nLD), texts.segment_nL, texts.position_nL).flatten(0, 1)
+        t_ME = self.h2(hidden_ND[texts.emb_index_M])
+        return Output(v_BE, r_RE, t_ME, hidden_ND[texts.label_index_T])
+
+    def clamp_logit_scale(self) -> None:
+        with torch.no_grad():
+            self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    def parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Every parameter under the part it is frozen and scheduled with."""
+        parts: dict[str, list[tuple[str, nn.Parameter]]] = {"vision": [], "llm": [], "projections": []}
+        for name, parameter in self.named_parameters():
+            if name.startswith("vision."):
+                parts["vision"].append((name, parameter))
+            elif name.startswith("language.hf."):
+                parts["llm"].append((name, parameter))
+            else:
+                parts["projections"].append((name, parameter))
+        return parts
+
+    # --- use: pictures and strings in, vectors and captions out ---------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.h1.weight.device
+
+    @torch.inference_mode()
+    def image_and_region_vectors(
+        self, images: Sequence[Image.Image], boxes: Sequence[Boxes], batch_size: int = 64
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Vectors of pictures and of their boxes (pixels of each picture) from one vision pass: v_NE, and R_i x E for each."""
+        image_parts: list[Tensor] = []
+        regions: list[Tensor] = []
+        with self._evaluating():
+            for start in range(0, len(images), batch_size):
+                chunk = images[start : start + batch_size]
+                chunk_boxes = [
+                    move_boxes(b, self.preprocess.window(*image.size))
+                    for image, b in zip(chunk, boxes[start : start + batch_size], strict=True)
+                ]
+                map_BCHW = self.vision(
+                    torch.stack([self.preprocess(i) for i in chunk]).to(self.device, self.h1.weight.dtype)
+                )
+                image_parts.append(self.image_vectors_from_map(map_BCHW).float().cpu())
+                counts = [len(b) for b in chunk_boxes]
+                owner_R = torch.repeat_interleave(torch.arange(len(chunk)), torch.tensor(counts))
+                r_RE = self.region_vectors_from_map(
+                    map_BCHW, torch.cat(chunk_boxes).to(self.device), owner_R.to(self.device)
+                )
+                regions += list(r_RE.float().cpu().split(counts))
+        v_NE = torch.cat(image_parts) if image_parts else torch.zeros(0, self.config.embed_dim)
+        return v_NE, regions
+
+    def image_vectors(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+        """PIL pictures -> v_NE, not normalised, float32 on CPU."""
+        return self.image_and_region_vectors(images, [[] for _ in images], batch_size)[0]
+
+    def region_vectors(
+        self, images: Sequence[Image.Image], boxes: Sequence[Boxes], batch_size: int = 64
+    ) -> list[Tensor]:
+        """PIL pictures and boxes in their pixels (x1, y1, x2, y2) -> one R_i x E for each picture, not normalised."""
+        return self.image_and_region_vectors(images, boxes, batch_size)[1]
+
+    @torch.inference_mode()
+    def text_vectors(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Strings -> t_NE, not normalised, float32 on CPU. Longer texts than `config.max_tokens` are cut before [EMB]."""
+        ids, _ = self.codec.encode(texts) if texts else ([], [])
+        out_NE = torch.zeros(len(ids), self.config.embed_dim)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        with self._evaluating():
+            for start in range(0, len(order), batch_size):
+                chunk = order[start : start + batch_size]
+                out_NE[chunk] = self._text_chunk([self.codec.embedding_stream(ids[i]) for i in chunk]).float().cpu()
+        return out_NE
+
+    def _text_chunk(self, streams: list[list[int]]) -> Tensor:
+        """Padded on the right, where no token that counts can see it."""
+        last_B = torch.tensor([len(s) - 1 for s in streams])
+        length = int(last_B.max()) + 1
+        ids_BL = torch.tensor([s + [0] * (length - len(s)) for s in streams])
+        segment_BL = torch.where(torch.arange(length) <= last_B[:, None], 0, -1)
+        position_BL = torch.arange(length).expand_as(ids_BL)
+        hidden_BLD = self.language(
+            self.language.embed(ids_BL.to(self.device)), segment_BL.to(self.device), position_BL.to(self.device)
+        )
+        return self.h2(hidden_BLD[torch.arange(len(streams)), last_B.to(self.device)])
+
+    @torch.inference_mode()
+    def write(
+        self,
+        vectors_NE: Tensor,
+        *,
+        num_beams: int = 1,
+        max_new_tokens: int = 30,
+        length_penalty: float = 1.0,
+        do_sample: bool = False,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        batch_size: int = 256,
+        use_cache: bool = True,
+    ) -> list[str]:
+        """Captions from un-normalised image or region vectors: greedy, beam search, or nucleus sampling (`do_sample`)."""
+        options: dict[str, Any] = {
+            "num_beams": num_beams,
+            "max_new_tokens": max_new_tokens,
+            "do_sample": do_sample,
+            "use_cache": use_cache,
+            "min_new_tokens": 1,
+        }
+        if num_beams > 1:
+            options |= {"length_penalty": length_penalty, "early_stopping": False}
+        if do_sample:
+            options |= {"top_p": top_p, "temperature": temperature, "top_k": 0}
+        never = [
+            i
+            for i in (self.codec.bos_id, self.codec.tokenizer.pad_token_id)
+            if i is not None and i != self.codec.eos_id
+        ]
+        if never:
+            options["suppress_tokens"] = never
+        captions: list[str] = []
+        with self._evaluating(), torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            for start in range(0, len(vectors_NE), max(1, batch_size // num_beams)):
+                chunk_BE = vectors_NE[start : start + max(1, batch_size // num_beams)].to(
+                    self.device, self.h3.weight.dtype
+                )
+                ids_BT = self.language.generate(self._prefix(chunk_BE), self.codec.eos_id, self.codec.eos_id, **options)
+                captions += [self.codec.decode(ids) for ids in ids_BT.tolist()]
+        return captions
+
+    def _prefix(self, vectors_BE: Tensor) -> Tensor:
+        """[BOS] V_in [CAP] -> B x 3 x D (2 without [BOS])."""
+        around = torch.tensor([*self.codec.prefix, self.codec.cap_id], device=self.device)
+        around_BLD = self.language.embed(around).expand(len(vectors_BE), -1, -1)
+        return torch.cat([around_BLD[:, :-1], self.h3(vectors_BE)[:, None], around_BLD[:, -1:]], dim=1)
+
+    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
+        """PIL pictures -> N x E, each of length 1."""
+        return F.normalize(self.image_vectors(images, batch_size), dim=-1)
+
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Strings -> N x E, each of length 1."""
+        return F.normalize(self.text_vectors(texts, batch_size), dim=-1)
+
+    def embed_regions(
+        self, images: Sequence[Image.Image], boxes: Sequence[Boxes], batch_size: int = 64
+    ) -> list[Tensor]:
+        """Pictures and their boxes (pixels) -> one R_i x E for each picture, each row of length 1."""
+        return [F.normalize(r, dim=-1) for r in self.region_vectors(images, boxes, batch_size)]
+
+    def caption(self, images: Sequence[Image.Image], **options: Any) -> list[str]:
+        """A caption for each picture; options as for `write`."""
+        return self.write(self.image_vectors(images), **options)
+
+    def caption_regions(self, images: Sequence[Image.Image], boxes: Sequence[Boxes], **options: Any) -> list[list[str]]:
+        """A caption for each box of each picture; options as for `write`."""
+        vectors = self.region_vectors(images, boxes)
+        written = iter(self.write(torch.cat(vectors), **options)) if vectors else iter(())
+        return [[next(written) for _ in v] for v in vectors]
+
+    @torch.inference_mode()
+    def similarity_map(self, image: Image.Image, text: str) -> Tensor:
+        """Cosine of each place of the feature map with a text: H x W, on the view that `preprocess` shows."""
+        with self._evaluating():
+            map_1CHW = self.vision(self.preprocess(image)[None].to(self.device, self.h1.weight.dtype))
+            places_HWE = F.normalize(self.h1(self.aggregator.locations(map_1CHW))[0].float(), dim=-1).cpu()
+        return places_HWE @ self.embed_texts([text])[0]
+
+    def encode_image(self, pixels_B3SS: Tensor, normalize: bool = False) -> Tensor:
+        """As CLIP's: pictures through `preprocess`, stacked -> B x E. Keeps the graph."""
+        v_BE = self.image_vectors_from_map(self.vision(pixels_B3SS))
+        return F.normalize(v_BE, dim=-1) if normalize else v_BE
+
+    def encode_text(self, ids: Sequence[Sequence[int]] | Tensor, normalize: bool = False) -> Tensor:
+        """As CLIP's: token ids from `tokenize` -> B x E. Keeps the graph."""
+        rows = ids.tolist() if isinstance(ids, Tensor) else [list(i) for i in ids]
+        streams = [row[: row.index(self.codec.emb_id) + 1] for row in rows]
+        t_BE = self._text_chunk(streams)
+        return F.normalize(t_BE, dim=-1) if normalize else t_BE
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Strings -> B x L embedding streams, padded on the right with 0."""
+        streams = [self.codec.embedding_stream(i) for i in self.codec.encode(texts)[0]]
+        length = max(len(s) for s in streams)
+        return torch.tensor([s + [0] * (length - len(s)) for s in streams])
+
+    def _evaluating(self) -> _Evaluating:
+        return _Evaluating(self)
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | Path) -> None:
+        from mmgem.model.pretrained import save_pretrained
+
+        save_pretrained(self, Path(path))
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> MMGem:
+        """Loads what `save_pretrained` wrote, or a run folder (its `model/`)."""
+        from mmgem.model.pretrained import from_pretrained
+
+        return from_pretrained(Path(path), device, dtype)
+
+
+class _Evaluating:
+    """Switches a model to evaluation and back to what it was."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.training = self.model.training
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.training)

@@ -1,0 +1,114 @@
+"""A model as a folder: model.safetensors, config.json, tokenizer files. No pickle, no training library needed.
+
+Receives an MMGem, or such a folder (or a run folder, which has one as `model/`). Gives the other. Refuses folders
+that lack a file or hold weights that do not fit, and names what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmgem.config import ModelConfig, to_tree
+from mmgem.errors import UserError
+from mmgem.text import load_tokenizer
+
+if TYPE_CHECKING:
+    from mmgem.model.mmgem import MMGem
+
+SCHEMA = 1
+
+
+def save_pretrained(model: MMGem, path: Path) -> None:
+    """Writes the folder whole or not at all: beside its place first, then renamed. An older one is replaced."""
+    from safetensors.torch import save_model
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        save_model(model, str(unfinished / "model.safetensors"))
+        model.codec.tokenizer.save_pretrained(unfinished)
+        (unfinished / "config.json").write_text(json.dumps({"schema": SCHEMA, **portable_config(model)}, indent=2))
+        unfinished.chmod(0o755)
+        replace_folder(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Renames `new` to `place`; what stood there is moved aside first and removed last."""
+    old = place.with_name(f".{place.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        os.rename(place, old)
+    os.rename(new, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def portable_config(model: MMGem) -> dict[str, Any]:
+    """The model's settings with everything resolved, so that loading reaches for no hub and no other file."""
+    tree = to_tree(model.config)
+    vision, llm = tree["vision"], tree["llm"]
+    vision["mean"], vision["std"] = list(model.vision.mean), list(model.vision.std)
+    if vision["config_file"]:
+        vision["config"] = json.loads(Path(vision["config_file"]).read_text())["vision_cfg"]
+        vision["config_file"] = None
+    vision["origin"], vision["pretrained"] = vision["pretrained"], None
+    llm["origin"], llm["name"] = llm["name"], None
+    llm["config"] = json.loads(model.language.hf.config.to_json_string(use_diff=False))
+    tree["embed_dim"] = model.config.embed_dim
+    return {"model": tree}
+
+
+def from_pretrained(path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> MMGem:
+    from mmgem.model.mmgem import MMGem
+
+    folder = model_folder(path)
+    model = MMGem(read_config(folder), load_tokenizer(folder), load_weights=False)
+    load_weights(model, folder)
+    scale = model.logit_scale.data.float()
+    model.to(device=device, dtype=dtype).eval()
+    model.logit_scale.data = scale.to(device)
+    return model
+
+
+def load_weights(model: MMGem, folder: Path) -> None:
+    """Fills a model of the same shapes with a folder's weights."""
+    from safetensors.torch import load_model
+
+    try:
+        load_model(model, str(folder / "model.safetensors"))
+    except (RuntimeError, OSError, ValueError) as e:
+        raise UserError(f"{folder}/model.safetensors: does not load ({' '.join(str(e).split())[:250]})") from e
+
+
+def model_folder(path: Path) -> Path:
+    """The folder itself, or the `model/` of a run folder."""
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+            return folder
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; give a run folder or what save_pretrained wrote")
+    raise UserError(f"{path}: no model here (config.json and model.safetensors are looked for, also in {path}/model)")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        tree = json.loads((folder / "config.json").read_text())
+        if tree.get("schema") != SCHEMA:
+            raise UserError(
+                f"{folder}/config.json: schema {tree.get('schema')}, this version reads {SCHEMA}; upgrade mmgem"
+            )
+        tree["model"]["vision"].pop("origin", None)
+        tree["model"]["llm"].pop("origin", None)
+        return TypeAdapter(ModelConfig).validate_python(tree["model"])
+    except (json.JSONDecodeError, KeyError, ValidationError) as e:
+        raise UserError(f"{folder}/config.json: not a model's config ({' '.join(str(e).split())[:200]})") from e

@@ -1,0 +1,213 @@
+"""From a text to token ids and back, the two streams of the method, and their packing into rows.
+
+Receives texts and a Hugging Face tokenizer. Gives token ids; the embedding stream `[BOS] x1 … xn [EMB]` and the caption
+stream `[BOS] V_in [CAP] x1 … xn [EOS]`, packed; and a tokenizer trained on given texts. Refuses a tokenizer without an
+end-of-text token and a row too short for a stream. Shared by training and use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmgem.errors import UserError
+
+EMB, CAP = "[EMB]", "[CAP]"
+
+
+class TextCodec:
+    """A tokenizer with the method's special tokens.
+
+    `[EMB]` and `[CAP]` get the two ids after the tokenizer's last; their embedding rows are the model's own parameters.
+    Texts are cut to `max_tokens`, before [EMB], which is never cut off.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int):
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path or ''} has no end-of-text token; captions could never end: choose another"
+            )
+        self.vocab_size = len([t for t in tokenizer.get_vocab() if t not in (EMB, CAP)])
+        tokenizer.add_special_tokens({"additional_special_tokens": [EMB, CAP]})
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.emb_id: int = tokenizer.convert_tokens_to_ids(EMB)
+        self.cap_id: int = tokenizer.convert_tokens_to_ids(CAP)
+        self.eos_id: int = tokenizer.eos_token_id
+        self.bos_id: int | None = tokenizer.bos_token_id
+
+    def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        """The texts' own ids, without special tokens, each at most `max_tokens`; and which were cut."""
+        ids = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return [i[: self.max_tokens] for i in ids], [len(i) > self.max_tokens for i in ids]
+
+    def embedding_stream(self, ids: Sequence[int]) -> list[int]:
+        """[BOS] x1 … xn [EMB]; [BOS] where the tokenizer has one."""
+        return [*self.prefix, *ids, self.emb_id]
+
+    @property
+    def prefix(self) -> list[int]:
+        return [] if self.bos_id is None else [self.bos_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids up to the first [EOS] -> text."""
+        ids = list(ids)
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool) -> Any:
+    """A byte-level BPE tokenizer (nothing is out of vocabulary) trained on the texts; the same texts give the same one."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    steps = [normalizers.NFC()] + ([normalizers.Lowercase()] if lowercase else [])
+    tokenizer.normalizer = normalizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
+    # The leading space makes a word one token wherever it stands.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["[PAD]", "[BOS]", "[EOS]"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """A tokenizer from a hub id or a folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as e:
+        raise UserError(f"tokenizer {source}: cannot be loaded ({' '.join(str(e).split())[:200]})") from e
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTexts:
+    """Both streams of M texts in n rows of length L. Indices are flat, into the n * L tokens.
+
+    A stream that was not asked for has empty indices.
+    """
+
+    ids_nL: Tensor
+    """Token ids; 0 at padding and where a visual token goes."""
+    segment_nL: Tensor
+    """The stream a token belongs to, -1 for padding."""
+    position_nL: Tensor
+    """Restarts at 0 with each stream."""
+    emb_index_M: Tensor
+    """Where each text's [EMB] stands."""
+    visual_index_M: Tensor
+    """Where each text's V_in goes."""
+    word_index_T: Tensor
+    """The caption streams' own words (inputs, without [BOS], V_in and [CAP])."""
+    label_index_T: Tensor
+    """The positions that predict: from [CAP] to the last word."""
+    labels_T: Tensor
+    """What they predict: the words and [EOS]."""
+    label_text_T: Tensor
+    """The text (0 … M-1) each label belongs to."""
+
+    def to(self, device: Any, non_blocking: bool = False) -> PackedTexts:
+        return PackedTexts(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+    @property
+    def useful_tokens(self) -> int:
+        return int((self.segment_nL >= 0).sum())
+
+
+def pack_texts(
+    texts: Sequence[Sequence[int]], codec: TextCodec, row_tokens: int, *, embed: bool = True, write: bool = True
+) -> PackedTexts:
+    """Puts the streams of the texts (their own ids) into as few rows of `row_tokens` as best-fit decreasing finds.
+
+    embed: the stream [BOS] x [EMB]. write: the stream [BOS] V_in [CAP] x [EOS], of which [EOS] is a label only.
+    """
+    streams: list[tuple[list[int], int, bool]] = []
+    if embed:
+        streams += [(codec.embedding_stream(ids), m, True) for m, ids in enumerate(texts)]
+    if write:
+        streams += [([*codec.prefix, 0, codec.cap_id, *ids], m, False) for m, ids in enumerate(texts)]
+    places, rows = _best_fit([len(s[0]) for s in streams], row_tokens)
+
+    shape = (max(rows, 1), row_tokens)
+    ids_nL = np.zeros(shape, dtype=np.int64)
+    segment_nL = np.full(shape, -1, dtype=np.int64)
+    position_nL = np.zeros(shape, dtype=np.int64)
+    emb_index = np.zeros(len(texts) if embed else 0, dtype=np.int64)
+    visual_index = np.zeros(len(texts) if write else 0, dtype=np.int64)
+    words: list[np.ndarray] = []
+    label_index: list[np.ndarray] = []
+    labels: list[int] = []
+    label_text: list[np.ndarray] = []
+    before = len(codec.prefix)
+    for number, ((ids, m, is_emb), (row, start)) in enumerate(zip(streams, places, strict=True)):
+        end = start + len(ids)
+        ids_nL[row, start:end] = ids
+        segment_nL[row, start:end] = number
+        position_nL[row, start:end] = np.arange(len(ids))
+        flat = row * row_tokens + start
+        if is_emb:
+            emb_index[m] = flat + len(ids) - 1
+            continue
+        visual_index[m] = flat + before
+        words.append(np.arange(flat + before + 2, flat + len(ids)))
+        label_index.append(np.arange(flat + before + 1, flat + len(ids)))
+        labels += [*ids[before + 2 :], codec.eos_id]
+        label_text.append(np.full(len(ids) - before - 1, m))
+    return PackedTexts(
+        ids_nL=torch.from_numpy(ids_nL),
+        segment_nL=torch.from_numpy(segment_nL),
+        position_nL=torch.from_numpy(position_nL),
+        emb_index_M=torch.from_numpy(emb_index),
+        visual_index_M=torch.from_numpy(visual_index),
+        word_index_T=_joined(words),
+        label_index_T=_joined(label_index),
+        labels_T=torch.tensor(labels, dtype=torch.int64),
+        label_text_T=_joined(label_text),
+    )
+
+
+def _joined(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _best_fit(lengths: Sequence[int], capacity: int) -> tuple[list[tuple[int, int]], int]:
+    """Longest first, each into the fullest row that still takes it. Gives (row, start) of each and the number of rows."""
+    if lengths and max(lengths) > capacity:
+        raise UserError(f"a stream of {max(lengths)} tokens does not fit a row of {capacity}; raise data.row_tokens")
+    places = [(0, 0)] * len(lengths)
+    rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rows = 0
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[item]
+        room = next((r for r in range(length, capacity + 1) if rows_with_room[r]), None)
+        if room is None:
+            row, room = rows, capacity
+            rows += 1
+        else:
+            row = rows_with_room[room].pop()
+        places[item] = (row, capacity - room)
+        rows_with_room[room - length].append(row)
+    return places, rows

@@ -1,0 +1,1 @@
+"""Training: brings data, model and losses together."""

@@ -1,0 +1,52 @@
+"""What a config would build, without building it: shapes on the meta device, counts of parameters.
+
+Receives a Config. Gives a text. Refuses what cannot be built. Needs neither weights nor a GPU; an LLM named by a hub
+id is built from `model.llm.config`, which therefore has to describe it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from mmgem.config import Config
+from mmgem.errors import UserError
+from mmgem.model import MMGem
+from mmgem.text import train_tokenizer
+from mmgem.training.run import count_parameters
+
+
+def check(config: Config) -> str:
+    counts, shapes = meta_counts(config)
+    width = max(len(part) for part in counts)
+    lines = [f"{part:<{width}}  {count:>15,} parameters" for part, count in counts.items()]
+    lines += [f"{name}: {value}" for name, value in shapes.items()]
+    for stage in config.stages:
+        length = f"{stage.samples} samples" if stage.samples else f"{stage.epochs} epochs"
+        regions = f", up to {stage.max_regions} regions an image" if stage.max_regions else ""
+        lines.append(
+            f"stage {stage.name}: {length}, global_batch {stage.global_batch}{regions}, frozen: {stage.freeze or 'nothing'}"
+        )
+    return "\n".join(lines)
+
+
+def meta_counts(config: Config) -> tuple[dict[str, int], dict[str, str]]:
+    """Parameters by part, and the shapes along the path for one picture, from a model on the meta device."""
+    settings = copy.deepcopy(config.model)
+    if settings.llm.name and "model_type" not in settings.llm.config:
+        raise UserError(
+            f"model.llm.config: describe {settings.llm.name} here (model_type, hidden_size …) to check without it"
+        )
+    # Any tokenizer does: the LLM's own vocabulary is in its config.
+    tokenizer = train_tokenizer(["a"], 300, lowercase=True)
+    with torch.device("meta"):
+        model = MMGem(settings, tokenizer, load_weights=False)
+        size = settings.vision.image_size
+        map_BCHW = model.vision.eval()(torch.zeros(1, 3, size, size))
+    shapes = {
+        "feature map": "C x H x W = " + " x ".join(str(s) for s in map_BCHW.shape[1:]),
+        "embedding": f"E = {settings.embed_dim}",
+        "LLM width": f"D = {model.language.width}",
+    }
+    return count_parameters(model), shapes

@@ -1,0 +1,149 @@
+"""A run's folder: what survives a restart, and where it lies.
+
+Receives a run's settings. Gives the folder's files and the newest whole checkpoint. Refuses to mix two runs in one
+folder, and to go on with other settings than the run began with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mmgem import __version__
+from mmgem.config import Config, save_config, to_tree
+from mmgem.errors import UserError
+
+# Settings that may differ between the parts of a run without changing its result.
+FREE_SETTINGS = ("run", "training", "data.workers", "data.path")
+
+
+@dataclass
+class RunState:
+    """All that a restart needs beside weights and optimizer: where the run stands. Randomness follows from it."""
+
+    stage: int = 0
+    samples: int = 0
+    """Consumed in this stage."""
+
+
+class RunFolder:
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.stages = self.path / "stages"
+        self.log = self.path / "log.jsonl"
+        self.tokenizer = self.path / "tokenizer"
+
+    def begin(self, config: Config, resume: str) -> Path | None:
+        """Lays the folder, or finds where to go on. Gives the checkpoint to load, None for a fresh start."""
+        if resume not in ("auto", "never"):
+            checkpoint = Path(resume)
+            if not checkpoint.is_file():
+                raise UserError(f"--resume {resume}: no such checkpoint; give a file, auto or never")
+        else:
+            checkpoint = self.newest() if resume == "auto" else None
+            if resume == "never" and (self.newest() or self.model.exists()):
+                raise UserError(
+                    f"{self.path} already holds a run; --resume auto goes on with it, run=OTHER chooses another folder"
+                )
+        if checkpoint is not None and (self.path / "config.yaml").is_file():
+            self._refuse_other_settings(config)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        save_config(config, self.path / "config.yaml")
+        return checkpoint
+
+    def _refuse_other_settings(self, config: Config) -> None:
+        before, now = _flat(yaml.safe_load((self.path / "config.yaml").read_text())), _flat(to_tree(config))
+        for key in sorted(set(before) | set(now)):
+            if not key.startswith(FREE_SETTINGS) and before.get(key) != now.get(key):
+                raise UserError(
+                    f"{self.path}: the run began with {key}={before.get(key)}, now it is {now.get(key)}; "
+                    "set it back, or choose another folder with run=OTHER"
+                )
+
+    def newest(self) -> Path | None:
+        found = sorted(self.checkpoints.glob("step-*.ckpt"))
+        return found[-1] if found else None
+
+    def write_facts(self, **facts: Any) -> None:
+        """run.json: versions, seed, data checksums, and what is added later."""
+        file = self.path / "run.json"
+        old = json.loads(file.read_text()) if file.is_file() else {}
+        write_atomically(file, json.dumps({**old, "versions": versions(), **facts}, indent=2))
+
+    def save_checkpoint(self, trainer: Any, run_step: int, keep: int) -> Path:
+        """Whole or not at all: written beside its place, then renamed; only then are older ones removed."""
+        place = self.checkpoints / f"step-{run_step:08d}.ckpt"
+        unfinished = place.with_suffix(".unfinished")
+        trainer.save_checkpoint(unfinished)
+        if trainer.is_global_zero:
+            os.replace(unfinished, place)
+            for old in sorted(self.checkpoints.glob("step-*.ckpt"))[:-keep]:
+                old.unlink()
+        return place
+
+    def forget_log_after(self, run_step: int) -> None:
+        """Lines of steps that a resumed run will do again."""
+        if not self.log.is_file():
+            return
+        lines = [line for line in self.log.read_text().splitlines(keepends=True) if _step_of(line) <= run_step]
+        write_atomically(self.log, "".join(lines))
+
+
+def read_state(checkpoint: Path) -> tuple[RunState, dict[str, Any]]:
+    """A checkpoint's RunState and the whole of it."""
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return RunState(**content["run_state"]), content
+    except (RuntimeError, KeyError, TypeError, EOFError, OSError) as e:
+        raise UserError(f"{checkpoint}: not a checkpoint of mmgem ({' '.join(str(e).split())[:150]})") from e
+
+
+def state_tree(state: RunState) -> dict[str, int]:
+    return dataclasses.asdict(state)
+
+
+def versions() -> dict[str, str]:
+    import lightning
+    import torchvision
+    import transformers
+
+    return {
+        "mmgem": __version__, "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
+        "torchvision": torchvision.__version__, "lightning": lightning.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+
+
+def write_atomically(file: Path, text: str) -> None:
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, file)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list) and any(isinstance(v, dict) for v in tree):
+        items = enumerate(tree)
+    else:
+        return {prefix[:-1]: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flat(value, f"{prefix}{key}.")
+    return flat

@@ -1,0 +1,151 @@
+"""The frozen part of a tower, computed once: its output for each picture and view, kept on disk as fp16.
+
+Receives a tower that can be cut, a split, and the number of views. Gives a `FeatureCache`, which the data module reads
+in place of pictures. A killed build goes on where it was. Refuses a folder made for other weights, data or views by
+never finding it: the folder's name is the hash of all that matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmgem.config import DataConfig
+from mmgem.data.datamodule import cached_view
+from mmgem.data.samples import SampleError, decode_image
+from mmgem.data.shards import ShardedDataset
+from mmgem.errors import UserError
+from mmgem.images import Preprocess
+from mmgem.model.vision import VisionTower
+from mmgem.progress import Progress
+from mmgem.training.checkpoint import write_atomically
+
+BATCH = 16
+
+
+class FeatureCache:
+    """N samples x V views of the trunk's output, memory-mapped."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        self._array: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_array": None}
+
+    def get(self, index: int, number: int) -> Tensor:
+        reason = self.meta["broken"].get(str(index))
+        if reason is not None:
+            raise SampleError(reason[0], reason[1])
+        if self._array is None:
+            self._array = np.load(self.folder / "features.npy", mmap_mode="r")
+        return torch.from_numpy(self._array[index, number].astype(np.float32))
+
+
+class _Views(Dataset):
+    """Sample number -> V x 3 x S x S, or the reason why not."""
+
+    def __init__(
+        self, dataset: ShardedDataset, data: DataConfig, preprocess: Preprocess, seed: int, views: int, first: int
+    ):
+        self.dataset, self.data, self.preprocess = dataset, data, preprocess
+        self.seed, self.views, self.first = seed, views, first
+
+    def __len__(self) -> int:
+        return len(self.dataset) - self.first
+
+    def __getitem__(self, offset: int) -> tuple[int, Tensor | tuple[str, str]]:
+        index = self.first + offset
+        try:
+            sample = self.dataset.sample(index)
+            image = decode_image(sample)
+        except SampleError as e:
+            return index, (e.key, e.reason)
+        size = sample.width, sample.height
+        views = [cached_view(self.data, self.preprocess, self.seed, index, v, *size) for v in range(self.views)]
+        return index, torch.stack([view.picture(image, self.preprocess) for view in views])
+
+
+def feature_cache(
+    tower: VisionTower,
+    dataset: ShardedDataset,
+    data: DataConfig,
+    seed: int,
+    views: int,
+    root: Path,
+    device: torch.device,
+) -> FeatureCache:
+    """Finds the cache under `root`, or makes it."""
+    folder = root / _fingerprint(tower, dataset, data, seed, views)
+    meta_file = folder / "meta.json"
+    meta = json.loads(meta_file.read_text()) if meta_file.is_file() else {"done": 0, "broken": {}}
+    if meta["done"] < len(dataset):
+        folder.mkdir(parents=True, exist_ok=True)
+        _build(
+            tower.to(device).eval(),
+            _Views(dataset, data, tower.preprocess(), seed, views, meta["done"]),
+            meta,
+            folder,
+            device,
+        )
+    return FeatureCache(folder)
+
+
+@torch.no_grad()
+def _build(tower: VisionTower, source: _Views, meta: dict[str, Any], folder: Path, device: torch.device) -> None:
+    size, total = tower.config.image_size, len(source.dataset)
+    probe = tower.trunk(torch.zeros(1, 3, size, size, device=device))
+    file, shape = folder / "features.npy", (total, source.views, *probe.shape[1:])
+    needed = 2 * int(np.prod(shape))
+    if meta["done"] and file.is_file():
+        array = np.lib.format.open_memmap(file, mode="r+")
+    else:
+        import shutil
+
+        meta["done"], source.first = 0, 0
+        if shutil.disk_usage(folder).free < 1.05 * needed:
+            raise UserError(
+                f"{folder}: cached_views={source.views} needs {needed / 1e9:.1f} GB of disk; lower it or free some space"
+            )
+        array = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
+    loader = DataLoader(source, batch_size=BATCH, collate_fn=list, num_workers=source.data.workers)
+    with Progress(f"caching {source.views} views ({needed / 1e9:.1f} GB)", total, "pictures", meta["done"]) as progress:
+        for number, items in enumerate(loader):
+            good = [(i, views) for i, views in items if isinstance(views, Tensor)]
+            meta["broken"] |= {str(i): why for i, why in items if not isinstance(why, Tensor)}
+            if good:
+                hidden = tower.trunk(torch.cat([v for _, v in good]).to(device)).to(torch.float16).cpu().numpy()
+                for place, (index, _) in enumerate(good):
+                    array[index] = hidden[place * source.views : (place + 1) * source.views]
+            meta["done"] = items[-1][0] + 1
+            progress.advance(len(items))
+            if number % 20 == 19 or meta["done"] == total:
+                array.flush()
+                write_atomically(folder / "meta.json", json.dumps(meta))
+
+
+def _fingerprint(tower: VisionTower, dataset: ShardedDataset, data: DataConfig, seed: int, views: int) -> str:
+    digest = hashlib.sha256()
+    frozen = tower.frozen_parameters() or list(tower.parameters())
+    for parameter in frozen:
+        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    facts = [
+        dataset.checksum,
+        tower.preprocess(),
+        tower.config,
+        data.flip,
+        data.crop_scale,
+        data.color_jitter,
+        seed,
+        views,
+    ]
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,98 @@
+"""One stage as a LightningModule: batch → path → losses → step.
+
+Receives the model and a stage's settings. Gives the loss and what the log wants. Refuses a loss that is not finite,
+and names the samples.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from mmgem.config import StageConfig
+from mmgem.data.batch import Batch
+from mmgem.errors import UserError
+from mmgem.losses.caption import caption_loss
+from mmgem.losses.contrastive import info_nce, positives
+from mmgem.model import MMGem, Output
+from mmgem.training.optim import freeze, make_optimizer, schedule
+
+
+class StageModule(L.LightningModule):
+    def __init__(
+        self, model: MMGem, stage: StageConfig, stage_number: int, steps: int, seed: int, from_trunk: bool = False
+    ):
+        """steps: of the whole stage. from_trunk: batches carry the frozen trunk's output instead of pictures."""
+        super().__init__()
+        self.model = model
+        self.stage, self.stage_number, self.steps, self.seed = stage, stage_number, steps, seed
+        self.from_trunk = from_trunk
+        self.last: dict[str, float] = {}
+        """The latest step's figures, for the log."""
+        freeze(model.parts(), stage, {id(p) for p in model.vision.frozen_parameters()})
+        model.vision.set_patch_dropout(stage.patch_dropout)
+
+    def train(self, mode: bool = True) -> StageModule:
+        """Frozen parts stay in evaluation: no dropout, no moving statistics."""
+        super().train(mode)
+        frozen: dict[str, nn.Module] = {"vision": self.model.vision, "llm": self.model.language}
+        for part in self.stage.freeze:
+            if part in frozen:
+                frozen[part].eval()
+        return self
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # All randomness of a step follows from its number, so a resumed run draws what an unbroken one would have.
+        torch.manual_seed((self.seed * 1_000_003 + self.stage_number) * 1_000_003 + batch_idx)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        out: Output = self.model(
+            batch.pictures, batch.texts, batch.text_vector_M, batch.boxes_R4, batch.region_image_R, self.from_trunk
+        )
+        losses = stage_losses(self.model, out, batch, self.stage)
+        loss = out.v_BE.new_zeros((), dtype=torch.float32)
+        for name, value in losses.items():
+            loss = loss + getattr(self.stage.loss, name) * value
+        if not torch.isfinite(loss):
+            figures = ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items())
+            raise UserError(
+                f"stage {self.stage.name}, step {batch_idx}: the loss is not finite ({figures}); samples of the batch: "
+                f"{', '.join(batch.keys[:8])}{' …' if len(batch.keys) > 8 else ''}; lower the learning rate or clip_grad, or look at them"
+            )
+        self.last = {"loss": loss.item(), **{f"loss_{k}": v.item() for k, v in losses.items()}}
+        self.last["logit_scale"] = math.exp(self.model.logit_scale.item())
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.model.clamp_logit_scale()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.model.parts(), self.stage)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(self.stage, self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def stage_losses(model: MMGem, out: Output, batch: Batch, stage: StageConfig) -> dict[str, Tensor]:
+    """The losses with a weight, unweighted, by the names of LossConfig.
+
+    emb: images and their captions. gen: captions after images. region_emb, region_gen: the same for boxes and phrases.
+    """
+    weights, losses = stage.loss, {}
+    captions = batch.captions
+    if weights.emb and captions:
+        mask_BM = positives(batch.image_id_B, batch.caption_owner_M, batch.caption_text_M)
+        losses["emb"] = info_nce(out.v_BE, out.t_ME[:captions], mask_BM, model.logit_scale)
+    if weights.region_emb and len(batch.boxes_R4):
+        mask_RR = positives(batch.entity_id_R, batch.entity_id_R, batch.phrase_text_R)
+        losses["region_emb"] = info_nce(out.r_RE, out.t_ME[captions:], mask_RR, model.logit_scale)
+    if len(out.hidden_TD):
+        of_caption_T = batch.texts.label_text_T < captions
+        for name, wanted_T in (("gen", of_caption_T), ("region_gen", ~of_caption_T)):
+            if getattr(weights, name) and bool(wanted_T.any()):
+                logits_TV = model.language.logits(out.hidden_TD[wanted_T])
+                losses[name] = caption_loss(logits_TV, batch.texts.labels_T[wanted_T], weights.label_smoothing)
+    return losses

@@ -1,0 +1,217 @@
+"""Ranks, recalls, chance and standard errors, against a naive full matrix and by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from mmgem.evaluation.metrics.phrases import normalise_phrase
+from mmgem.evaluation.metrics.retrieval import (
+    Positives,
+    best_ranks,
+    chance_recall,
+    recall_scores,
+    top_k,
+)
+from mmgem.evaluation.metrics.scores import bootstrap_stderr, median_stderr
+
+
+def naive_ranks(queries, gallery, lists):
+    """Full matrix in float64, one query at a time."""
+    q = torch.nn.functional.normalize(queries.double(), dim=1)
+    g = torch.nn.functional.normalize(gallery.double(), dim=1)
+    out = []
+    for scores, right in zip(q @ g.T, lists, strict=True):
+        best = scores[right].max()
+        wrong = torch.ones(len(g), dtype=torch.bool)
+        wrong[right] = False
+        out.append(int((scores[wrong] >= best - 1e-6).sum()))
+    return torch.tensor(out)
+
+
+def random_case(seed, queries=37, gallery=90, dim=8):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(queries, dim, generator=generator)
+    g = torch.randn(gallery, dim, generator=generator)
+    lists = []
+    for _ in range(queries):
+        count = int(torch.randint(1, 6, (1,), generator=generator))
+        lists.append(torch.randperm(gallery, generator=generator)[:count].tolist())
+    return q, g, lists
+
+
+@pytest.mark.parametrize("tiles", [(1024, 8192), (5, 7), (37, 90), (1, 1), (10, 64)])
+def test_ranks_equal_the_naive_ones_whatever_the_tiles(tiles):
+    for seed in range(3):
+        q, g, lists = random_case(seed)
+        found = best_ranks(
+            q, g, Positives.from_lists(lists, len(g)), query_tile=tiles[0], gallery_tile=tiles[1]
+        )
+        assert found.tolist() == naive_ranks(q, g, lists).tolist()
+
+
+@pytest.mark.parametrize("tiles", [(1024, 8192), (4, 9)])
+def test_ranks_with_many_exact_ties_equal_the_naive_ones(tiles):
+    generator = torch.Generator().manual_seed(5)
+    kinds = torch.randn(4, 16, generator=generator)
+    g = kinds[torch.randint(0, 4, (60,), generator=generator)]
+    q = kinds[torch.randint(0, 4, (20,), generator=generator)]
+    _, _, lists = random_case(9, queries=20, gallery=60)
+    found = best_ranks(
+        q, g, Positives.from_lists(lists, 60), query_tile=tiles[0], gallery_tile=tiles[1]
+    )
+    expected = naive_ranks(q, g, lists)
+    assert found.tolist() == expected.tolist()
+    assert int((expected > 0).sum()) > 10  # the ties do count against the query
+
+
+def test_a_tie_with_a_wrong_item_is_a_loss():
+    q = torch.tensor([[1.0, 0.0]])
+    g = torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 1.0]])  # the first two are the same direction
+    assert best_ranks(q, g, Positives.from_lists([[0]], 3)).tolist() == [1]
+    assert best_ranks(q, g, Positives.from_lists([[0, 1]], 3)).tolist() == [0]
+
+
+def test_a_model_that_maps_all_to_one_vector_gets_nothing():
+    same = torch.ones(50, 64) + 1e-9 * torch.randn(50, 64)
+    ids = torch.arange(50)
+    assert best_ranks(same, same, Positives.from_ids(ids, ids)).min() == 49
+
+
+def test_a_pair_never_competes_with_itself():
+    """Where the right score comes from another product than its rivals', rounding costs hits."""
+    x = torch.nn.functional.normalize(torch.randn(300, 768), dim=1)
+    ids = torch.arange(300)
+    assert best_ranks(x, x.clone(), Positives.from_ids(ids, ids), gallery_tile=77).max() == 0
+
+
+def test_recalls_by_hand():
+    # Two images, three captions: 0 and 1 of image 0, caption 2 of image 1.
+    images = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    texts = torch.tensor([[1.0, 0.1], [0.1, 1.0], [0.6, 1.0]])
+    to_image = Positives.from_ids(torch.tensor([0, 0, 1]), torch.arange(2))
+    to_text = to_image.reversed()
+    ranks = best_ranks(texts, images, to_image)
+    assert ranks.tolist() == [0, 1, 0]
+    image = recall_scores("image_retrieval", ranks, to_image, ks=(1, 2), samples=50)
+    assert image.metrics == pytest.approx(
+        {
+            "image_retrieval_recall@1": 2 / 3,
+            "image_retrieval_recall@2": 1.0,
+            "image_retrieval_median_rank": 1.0,
+        }
+    )
+    # Image 0: its caption 0 wins. Image 1: caption 1, which is not its own, stands before its own.
+    assert best_ranks(images, texts, to_text).tolist() == [0, 1]
+    assert image.chance == pytest.approx(
+        {"image_retrieval_recall@1": 0.5, "image_retrieval_recall@2": 1.0}
+    )
+
+
+def test_positives_from_ids_from_lists_and_reversed_agree():
+    query_ids, gallery_ids = torch.tensor([3, 7, 3, 9]), torch.tensor([9, 3, 3, 7, 7, 7])
+    by_ids = Positives.from_ids(query_ids, gallery_ids)
+    by_lists = Positives.from_lists([[1, 2], [3, 4, 5], [1, 2], [0]], 6)
+    assert by_ids.starts.tolist() == by_lists.starts.tolist() == [0, 2, 5, 7, 8]
+    assert by_ids.items.tolist() == by_lists.items.tolist()
+    turned = by_ids.reversed()
+    assert turned.counts.tolist() == [1, 2, 2, 1, 1, 1]
+    assert turned.items.tolist() == [3, 0, 2, 0, 2, 1, 1, 1]
+    assert turned.reversed().items.tolist() == by_ids.items.tolist()
+
+
+def test_chance_is_the_expectation_over_all_orders():
+    gallery, positives, k = 5, 2, 2
+    orders = list(itertools.permutations(range(gallery)))
+    hits = sum(min(order[:k]) < positives for order in orders)
+    assert chance_recall(torch.tensor([positives]), gallery, k) == pytest.approx(
+        hits / len(orders)
+    )
+    assert chance_recall(torch.tensor([1]), 4, 10) == 1.0
+    assert chance_recall(torch.tensor([1, 3]), 4, 1) == pytest.approx((0.25 + 0.75) / 2)
+
+
+def test_random_vectors_get_about_chance():
+    generator = torch.Generator().manual_seed(0)
+    q, g = (torch.randn(n, 32, generator=generator) for n in (2000, 300))
+    positives = Positives.from_ids(torch.arange(2000) % 300, torch.arange(300))
+    found = recall_scores("x", best_ranks(q, g, positives), positives, samples=200)
+    for k in (1, 5, 10):
+        name = f"x_recall@{k}"
+        assert abs(found.metrics[name] - found.chance[name]) < 4 * found.stderr[name] + 1e-3
+
+
+def test_vectors_that_are_not_finite_are_refused():
+    x = torch.eye(3)
+    bad = x.clone()
+    bad[1, 0] = torch.nan
+    positives = Positives.from_ids(torch.arange(3), torch.arange(3))
+    for q, g in ((bad, x), (x, bad)):
+        with pytest.raises(ValueError, match="1 vectors are not finite, the first is row 1"):
+            best_ranks(q, g, positives)
+
+
+def test_queries_without_answer_and_wrong_sizes_are_refused():
+    x = torch.eye(3)
+    with pytest.raises(ValueError, match="1 queries have no right answer"):
+        best_ranks(x, x, Positives.from_lists([[0], [], [2]], 3))
+    with pytest.raises(ValueError, match="positives are for 2 x 3"):
+        best_ranks(x, x, Positives.from_lists([[0], [1]], 3))
+    with pytest.raises(ValueError, match="outside the gallery"):
+        Positives.from_lists([[3]], 3)
+
+
+def test_standard_error_of_a_share_is_the_binomial_one_and_seeded():
+    hits = (np.arange(400) % 4 == 0).astype(float)
+    ranks = torch.tensor(np.where(hits, 0, 9))
+    positives = Positives.from_ids(torch.arange(400), torch.arange(400))
+    one = recall_scores("x", ranks, positives, ks=(1,), samples=2000, seed=3)
+    two = recall_scores("x", ranks, positives, ks=(1,), samples=2000, seed=3)
+    assert one.stderr == two.stderr
+    assert one.stderr["x_recall@1"] == pytest.approx((0.25 * 0.75 / 400) ** 0.5, rel=0.1)
+    assert one.stderr["x_median_rank"] == 0.0
+
+
+def test_queries_of_one_image_are_drawn_together():
+    values = np.repeat(np.random.default_rng(0).random(50), 5)[:, None]
+    sums = np.concatenate([values, np.ones_like(values)], axis=1)
+
+    def mean(s):
+        return s[:, :1] / s[:, 1:]
+
+    alone = bootstrap_stderr(sums, mean, samples=500)
+    grouped = bootstrap_stderr(sums, mean, groups=np.repeat(np.arange(50), 5), samples=500)
+    assert grouped[0] == pytest.approx(5**0.5 * alone[0], rel=0.15)
+    assert median_stderr(values[:, 0], groups=np.repeat(np.arange(50), 5)) > 0
+
+
+def test_top_k_equals_a_full_sort_across_tiles():
+    q, g, _ = random_case(1)
+    values, rows = top_k(q, g, 5, gallery_tile=11)
+    unit = torch.nn.functional.normalize
+    full = (unit(q, dim=1) @ unit(g, dim=1).T).topk(5, dim=1)
+    assert rows.tolist() == full.indices.tolist()
+    assert torch.allclose(values, full.values, atol=1e-6)
+    assert top_k(q, g[:3], 5)[1].shape == (37, 3)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("A red  Ball.", "the red ball"),
+        ("boy's shirt", "boy 's shirt"),
+        ("an apple", "Apple"),
+        ("t-shirt", "T shirt"),
+    ],
+)
+def test_phrases_that_are_the_same(one, other):
+    assert normalise_phrase(one) == normalise_phrase(other)
+
+
+def test_phrases_that_differ_stay_apart_and_none_becomes_empty():
+    assert normalise_phrase("two dogs") != normalise_phrase("dogs")
+    assert normalise_phrase("his dog") != normalise_phrase("the dog")
+    assert normalise_phrase("The") == "the"
+    assert normalise_phrase("another dog") == "another dog"
+    assert normalise_phrase("?!") == "?!"

@@ -1,0 +1,497 @@
+"""Readers: each public format becomes shards; broken input is named, counted or refused."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmgem.data.prepare import FORMATS, prepare_img2dataset, prepare_jsonl
+from mmgem.data.prepare.karpathy import prepare_karpathy
+from mmgem.data.prepare.scenes import prepare_scenes
+from mmgem.data.prepare.writing import Record, prepare, safe_key
+from mmgem.data.samples import Region, decode_image
+from mmgem.data.scenes import render_scene
+from mmgem.data.shards import ShardedDataset
+from mmgem.errors import UserError
+
+COLUMNS = ("read", "written", "captions", "regions", "images_without_captions")
+
+
+def picture(number: int = 0, kind: str = "JPEG", size: tuple[int, int] = (48, 32)) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def lines(path: Path, items: list[Any]) -> None:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+
+
+def jsonl_folder(folder: Path, count: int = 6) -> Path:
+    """Six pictures, the last two of val; boxes on the first two."""
+    (folder / "images").mkdir(parents=True)
+    captions = []
+    for n in range(count):
+        name, split = f"{n}_a.jpg", "train" if n < count - 2 else "val"
+        (folder / "images" / name).write_bytes(picture(n))
+        line = {"image": name, "split": split, "width": 48, "height": 32}
+        captions.append({**line, "captions": [f"picture {n} .", f"Number {n}"]})
+    lines(folder / "captions.jsonl", captions)
+    region = {"image": "0_a.jpg", "split": "train", "types": ["people"]}
+    group = {**region, "phrase": "two men", "entity_id": 7, "boxes_of_entity": 2}
+    lines(
+        folder / "regions.jsonl",
+        [
+            {**group, "box": [0, 0, 20, 20]},
+            {**group, "box": [20, 0, 40, 20]},
+            {"image": "1_a.jpg", "split": "train", "box": [1.5, 2, 30, 31], "phrase": "a dog"},
+        ],
+    )
+    return folder
+
+
+def edit(folder: Path, name: str, change: Callable[[list[dict]], Any]) -> None:
+    items = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    change(items)
+    lines(folder / name, items)
+
+
+def test_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = jsonl_folder(tmp_path / "raw")
+    result = prepare_jsonl(source, tmp_path / "out")
+    assert [list(row.items()) for row in result["splits"].values()] == [
+        list(zip(COLUMNS, (4, 4, 8, 3, 0), strict=True)),
+        list(zip(COLUMNS, (2, 2, 4, 0, 0), strict=True)),
+    ]
+    assert result["skipped"] == result["dropped"] == {}
+    train = ShardedDataset(tmp_path / "out" / "train")
+    assert train.keys == ["0_a", "1_a", "2_a", "3_a"]
+    first = train.sample(0)
+    assert first.captions == ("picture 0 .", "Number 0")
+    assert first.image == (source / "images" / "0_a.jpg").read_bytes()
+    assert first.regions == (
+        Region((0.0, 0.0, 20.0, 20.0), "two men", "7"),
+        Region((20.0, 0.0, 40.0, 20.0), "two men", "7"),
+    )
+    assert first.meta["image"] == "0_a.jpg"
+    assert first.meta["regions"] == [{"types": ["people"], "boxes_of_entity": 2}] * 2
+    assert train.sample(1).regions == (Region((1.5, 2.0, 30.0, 31.0), "a dog", None),)
+    assert ShardedDataset(tmp_path / "out" / "val").keys == ["4_a", "5_a"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["split", "read", "written", "captions", "regions"]
+    assert printed[1].split() == ["train", "4", "4", "8", "3"]
+
+
+def test_jsonl_without_regions(tmp_path: Path):
+    source = jsonl_folder(tmp_path / "raw")
+    (source / "regions.jsonl").unlink()
+    prepare_jsonl(source, tmp_path / "out")
+    assert not ShardedDataset(tmp_path / "out" / "train").has_regions
+
+
+def test_a_picture_with_boxes_only_is_a_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = jsonl_folder(tmp_path / "raw")
+    edit(source, "captions.jsonl", lambda items: items.pop(1))
+    result = prepare_jsonl(source, tmp_path / "out")
+    train = ShardedDataset(tmp_path / "out" / "train")
+    assert train.keys == ["0_a", "2_a", "3_a", "1_a"]
+    assert train.sample(3).captions == () and len(train.sample(3).regions) == 1
+    assert result["splits"]["train"]["images_without_captions"] == 1
+    assert train.totals["images_without_captions"] == 1
+    assert "pictures without captions: 1" in capsys.readouterr().out
+
+
+def test_splits_limit_and_shard_size(tmp_path: Path):
+    source = jsonl_folder(tmp_path / "raw", count=8)
+    result = prepare_jsonl(source, tmp_path / "out", splits=["train"], limit=5, shard_size=2)
+    assert list(result["splits"]) == ["train"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train"]
+    assert ShardedDataset(tmp_path / "out" / "train").keys == [f"{n}_a" for n in range(5)]
+    assert len(list((tmp_path / "out" / "train").glob("shard-*.tar"))) == 3
+    with pytest.raises(UserError, match="no split 'tset'"):
+        prepare_jsonl(source, tmp_path / "other", splits=["tset"])
+
+
+def test_broken_samples_are_skipped_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source = jsonl_folder(tmp_path / "raw", count=9)
+    images = source / "images"
+    (images / "0_a.jpg").write_bytes(picture(0)[:-700])
+    (images / "1_a.jpg").unlink()
+    (images / "2_a.jpg").write_bytes(b"")
+
+    def change(items: list[dict]) -> None:
+        items[3]["captions"] = ["", " "]
+        items[4]["captions"].append("")
+        items.insert(6, dict(items[5]))
+
+    edit(source, "captions.jsonl", change)
+    lines(
+        source / "regions.jsonl",
+        [
+            {"image": "4_a.jpg", "split": "train", "box": [90, 0, 99, 9], "phrase": "gone"},
+            {"image": "4_a.jpg", "split": "train", "box": [9, 9, 9, 20], "phrase": "flat"},
+            {"image": "4_a.jpg", "split": "train", "box": [0, 0, 99, 9], "phrase": "clipped"},
+        ],
+    )
+    result = prepare_jsonl(source, tmp_path / "out", max_broken=0.5)
+    assert result["skipped"] == {
+        "broken image": 1,
+        "image file missing": 1,
+        "empty image": 1,
+        "no caption and no region": 1,
+        "duplicate key": 1,
+    }
+    assert result["dropped"] == {
+        "empty caption": 3,
+        "box outside image": 1,
+        "box without area": 1,
+    }
+    assert result["splits"]["train"]["read"] == 8 and result["splits"]["train"]["written"] == 3
+    assert result["examples"]["broken image"][0].startswith("0_a (")
+    assert str(images / "1_a.jpg") in result["examples"]["image file missing"][0]
+    train = ShardedDataset(tmp_path / "out" / "train")
+    assert train.keys == ["4_a", "5_a", "6_a"]
+    assert train.sample(0).regions == (Region((0.0, 0.0, 48.0, 9.0), "clipped"),)
+    index = json.loads((tmp_path / "out" / "train" / "index.json").read_text())
+    assert index["skipped"] == result["skipped"] and index["dropped"] == result["dropped"]
+    printed = capsys.readouterr().out
+    assert "skipped: 1 × broken image: 0_a (" in printed
+    assert "dropped: 3 × empty caption" in printed
+
+
+def test_too_many_broken_samples_stop_it(tmp_path: Path):
+    source = jsonl_folder(tmp_path / "raw", count=8)
+    for n in (0, 1):
+        (source / "images" / f"{n}_a.jpg").write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"2 of 8 samples are broken.*0_a.*--max-broken") as caught:
+        prepare_jsonl(source, tmp_path / "out", max_broken=0.125)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "out").rglob("*.*"))  # neither shard nor index
+    assert prepare_jsonl(source, tmp_path / "out", max_broken=0.25)["skipped"]["broken image"] == 2
+
+
+def test_too_many_broken_samples_of_an_unknown_number(tmp_path: Path):
+    def records():
+        for n in range(10):
+            yield Record(f"k{n}", "train", b"" if n == 3 else picture(n), "x")
+
+    with pytest.raises(UserError, match="1 of 10 samples are broken"):
+        prepare(records(), tmp_path, max_broken=0.05)
+    assert list((tmp_path / "train").iterdir()) == []
+    assert prepare(records(), tmp_path, max_broken=0.1)["splits"]["train"]["written"] == 9
+
+
+def test_a_size_that_is_not_the_pictures(tmp_path: Path):
+    source = jsonl_folder(tmp_path / "raw")
+
+    def change(items: list[dict]) -> None:
+        items[0]["width"] = items[2]["width"] = 96
+
+    edit(source, "captions.jsonl", change)
+    result = prepare_jsonl(source, tmp_path / "out", max_broken=0.5)
+    # with boxes, they would be of another picture; without, the size is put right
+    assert result["skipped"] == {"size differs from record": 1}
+    assert result["examples"] == {"size differs from record": ["0_a (record 96x32, picture 48x32)"]}
+    train = ShardedDataset(tmp_path / "out" / "train")
+    assert train.keys == ["1_a", "2_a", "3_a"]
+    assert (train.sample(1).width, train.sample(1).height) == (48, 32)
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path):
+    source = jsonl_folder(tmp_path / "raw")
+    prepare_jsonl(source, tmp_path / "out", splits=["val"])
+    before = ShardedDataset(tmp_path / "out" / "val").checksum
+    with pytest.raises(UserError, match=r"val is not empty.*--overwrite"):
+        prepare_jsonl(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "train").exists()  # refused before the first picture
+    assert ShardedDataset(tmp_path / "out" / "val").checksum == before
+    prepare_jsonl(source, tmp_path / "out", splits=["val"], limit=1, overwrite=True)
+    assert len(ShardedDataset(tmp_path / "out" / "val")) == 1
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "regions.jsonl"])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": ', "line 3: not JSON"),
+        ("\xff", "line 3: not JSON"),
+        ("[1]", "line 3: an object is expected"),
+        ('{"split": "train", "captions": ["x"]}', "line 3: no 'image'"),
+        ('{"image": "0_a.jpg", "captions": ["x"]}', "line 3: no 'split'"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, name: str, line: str, message: str):
+    source = jsonl_folder(tmp_path / "raw")
+    listed = (source / name).read_bytes().splitlines()
+    listed[2:2] = [line.encode("latin-1")]
+    (source / name).write_bytes(b"\n".join(listed))
+    with pytest.raises(UserError) as caught:
+        prepare_jsonl(source, tmp_path / "out")
+    assert f"{source / name}, {message}" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_must_be_a_list(tmp_path: Path):
+    source = jsonl_folder(tmp_path / "raw")
+    edit(source, "captions.jsonl", lambda items: items[1].pop("captions"))
+    with pytest.raises(UserError, match="line 2: no list of captions"):
+        prepare_jsonl(source, tmp_path / "out")
+
+
+def test_missing_jsonl_sources(tmp_path: Path):
+    with pytest.raises(UserError, match=r"no such folder: .*raw; it should have images/"):
+        prepare_jsonl(tmp_path / "raw", tmp_path / "out")
+    source = jsonl_folder(tmp_path / "raw")
+    (source / "captions.jsonl").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"cannot read .*captions\.jsonl"):
+        prepare_jsonl(source, tmp_path / "out")
+    (source / "captions.jsonl").write_text("\n")
+    (source / "regions.jsonl").unlink()
+    with pytest.raises(UserError, match="nothing to write"):
+        prepare_jsonl(source, tmp_path / "out")
+
+
+def karpathy_file(folder: Path) -> Path:
+    entries = []
+    splits = ["train", "restval", "val", "test"]
+    for n, split in enumerate(splits):
+        where = "train2014" if split == "train" else "val2014"
+        name = f"COCO_{where}_{n:012d}.jpg"
+        (folder / "images" / where).mkdir(parents=True, exist_ok=True)
+        (folder / "images" / where / name).write_bytes(picture(n, size=(40 + n, 30)))
+        sentences = [{"raw": f"A cat, no. {n}.\n", "tokens": ["a", "cat"]}, {"tokens": ["a", "b"]}]
+        entry = {"filename": name, "filepath": where, "split": split, "sentences": sentences}
+        entries.append({**entry, "cocoid": 100 + n, "imgid": n})
+    path = folder / "dataset_coco.json"
+    path.write_text(json.dumps({"images": entries, "dataset": "coco"}))
+    return path
+
+
+def test_karpathy(tmp_path: Path):
+    path = karpathy_file(tmp_path)
+    result = prepare_karpathy(path, tmp_path / "out", images=tmp_path / "images")
+    assert {name: row["written"] for name, row in result["splits"].items()} == {
+        "train": 2,
+        "val": 1,
+        "test": 1,
+    }
+    train = ShardedDataset(tmp_path / "out" / "train")
+    assert train.keys == ["COCO_train2014_000000000000", "COCO_val2014_000000000001"]
+    second = train.sample(1)
+    assert second.captions == ("A cat, no. 1.", "a b")
+    assert (second.width, second.height) == (41, 30)
+    assert second.meta == {"image": "COCO_val2014_000000000001.jpg", "cocoid": 101, "imgid": 1}
+
+
+def test_karpathy_restval_apart_and_pictures_in_one_folder(tmp_path: Path):
+    path = karpathy_file(tmp_path)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for image in (tmp_path / "images").rglob("*.jpg"):
+        image.rename(flat / image.name)
+    result = prepare_karpathy(path, tmp_path / "out", images=flat, restval="restval")
+    assert set(result["splits"]) == {"train", "restval", "val", "test"}
+    assert len(ShardedDataset(tmp_path / "out" / "train")) == 1
+    assert result["skipped"] == {}
+
+
+def test_broken_karpathy_sources(tmp_path: Path):
+    path = karpathy_file(tmp_path)
+    images, out = tmp_path / "images", tmp_path / "out"
+    with pytest.raises(UserError, match="cannot read"):
+        prepare_karpathy(tmp_path / "none.json", out, images=images)
+    with pytest.raises(UserError, match="no such folder"):
+        prepare_karpathy(path, out, images=tmp_path / "none")
+    content = json.loads(path.read_text())
+    del content["images"][2]["sentences"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"images\[2\].*sentences"):
+        prepare_karpathy(path, out, images=images)
+    path.write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        prepare_karpathy(path, out, images=images)
+    path.write_text('{"annotations": []}')
+    with pytest.raises(UserError, match='no list "images"'):
+        prepare_karpathy(path, out, images=images)
+    assert not out.exists()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_img2dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for shard in range(2):
+        members = {}
+        for n in range(3):
+            key = f"{shard:05d}{n:04d}"
+            text = f"text {key}"
+            meta = {"caption": text, "width": 48, "height": 32, "status": "success", "key": key}
+            members |= {f"{key}.jpg": picture(n), f"{key}.txt": text.encode()}
+            members[f"{key}.json"] = json.dumps(meta).encode()
+        write_tar(raw / f"{shard:05d}.tar", members)
+    (raw / "00000.parquet").write_bytes(b"other files of img2dataset are left alone")
+    before = {path.name: path.read_bytes() for path in raw.iterdir()}
+    result = prepare_img2dataset(raw, tmp_path / "out", split="pairs")
+    assert {path.name: path.read_bytes() for path in raw.iterdir()} == before
+    assert [path.name for path in (tmp_path / "out" / "pairs").iterdir()] == ["index.json"]
+    dataset = ShardedDataset(tmp_path / "out" / "pairs")
+    assert len(dataset) == 6 and not dataset.has_regions
+    sample = dataset.sample(4)
+    assert sample.key == "000010001" and sample.captions == ("text 000010001",)
+    assert decode_image(sample).size == (48, 32)
+    assert result["splits"]["pairs"]["read"] == result["splits"]["pairs"]["written"] == 6
+    assert capsys.readouterr().out.splitlines()[1].split() == ["pairs", "6", "6", "6", "0"]
+
+
+def test_img2dataset_refuses(tmp_path: Path):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    with pytest.raises(UserError, match="no such folder"):
+        prepare_img2dataset(raw, out)
+    raw.mkdir()
+    with pytest.raises(UserError, match=r"no \.tar in"):
+        prepare_img2dataset(raw, out)
+    write_tar(raw / "0.tar", {"1.jpg": picture(), "1.txt": b"x", "2.jpg": b"", "2.txt": b"x"})
+    with pytest.raises(UserError, match="1 of 2 samples are broken.*empty image"):
+        prepare_img2dataset(raw, out)
+    assert not (out / "train" / "index.json").exists()
+    assert prepare_img2dataset(raw, out, max_broken=0.5)["skipped"] == {"empty image": 1}
+    with pytest.raises(UserError, match="exists"):
+        prepare_img2dataset(raw, out, max_broken=0.5)
+
+
+def test_scenes(tmp_path: Path):
+    result = prepare_scenes(
+        tmp_path / "one", train=5, val=2, test=0, seed=3, size=64, processes=1, shard_size=4
+    )
+    assert {name: row["written"] for name, row in result["splits"].items()} == {
+        "train": 5,
+        "val": 2,
+    }
+    train = ShardedDataset(tmp_path / "one" / "train")
+    assert train.keys == [f"train-{n:06d}" for n in range(5)] and train.has_regions
+    scene, sample = render_scene(3, "train", 4, size=64), train.sample(4)
+    assert sample.captions == tuple(scene.captions)
+    assert [(r.box, r.phrase) for r in sample.regions] == [
+        (tuple(map(float, r.box)), r.phrase) for r in scene.regions
+    ]
+    assert sample.meta["ground"] == scene.ground
+    assert [thing["shape"] for thing in sample.meta["objects"]] == [o.shape for o in scene.objects]
+    found, drawn = np.asarray(decode_image(sample), int), np.asarray(scene.image, int)
+    assert np.abs(found - drawn).mean() < 4  # JPEG, but the very picture
+    other = prepare_scenes(tmp_path / "other", train=1, val=0, test=0, seed=4, size=64)
+    assert other["splits"]["train"]["written"] == 1
+    assert ShardedDataset(tmp_path / "other" / "train").captions(0) != train.captions(0)
+
+
+def test_scenes_are_the_same_on_any_number_of_processes(tmp_path: Path):
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        prepare_scenes(out, train=70, val=0, test=3, size=48, processes=processes)
+    for split in ("train", "test"):
+        one, two = (ShardedDataset(tmp_path / n / split).checksum for n in ("1", "2"))
+        assert one == two
+
+
+def test_scenes_refuse(tmp_path: Path):
+    with pytest.raises(UserError, match="not all 0"):
+        prepare_scenes(tmp_path / "out", train=0, val=0, test=0)
+    with pytest.raises(UserError, match="counts of 0 or more"):
+        prepare_scenes(tmp_path / "out", train=-1)
+    with pytest.raises(UserError, match="size"):
+        prepare_scenes(tmp_path / "out", train=1, size=1)
+    (tmp_path / "out" / "val").mkdir(parents=True)
+    (tmp_path / "out" / "val" / "mine").touch()
+    with pytest.raises(UserError, match="not empty"):
+        prepare_scenes(tmp_path / "out", train=1, val=1)
+    assert not (tmp_path / "out" / "train").exists()
+
+
+def test_other_picture_formats_are_stored_as_png(tmp_path: Path):
+    data = picture(1, "BMP")
+    prepare([Record("a", "train", data, "a bitmap")], tmp_path)
+    sample = ShardedDataset(tmp_path / "train").sample(0)
+    assert sample.image.startswith(b"\x89PNG")
+    original = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(decode_image(sample)), original)
+
+
+def test_a_picture_in_two_splits_is_taken_once(tmp_path: Path):
+    records = [Record("a", split, picture(), "x") for split in ("train", "val")]
+    records.append(Record("b", "val", picture(1), "y"))
+    result = prepare(records, tmp_path)
+    assert result["skipped"] == {"duplicate key": 1}
+    assert ShardedDataset(tmp_path / "val").keys == ["b"]
+
+
+def test_an_interrupt_takes_the_work_away(tmp_path: Path):
+    def records():
+        for n in range(100):
+            yield Record(f"k{n}", "train", picture(n), "x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(records(), tmp_path, shard_size=10)
+    assert list((tmp_path / "train").iterdir()) == []
+
+
+def test_keys_from_file_names():
+    assert safe_key("1000268201_693b08cb0e.jpg") == "1000268201_693b08cb0e"
+    assert safe_key("val/My photo.v2.JPG") == "My_photo_v2"
+    assert safe_key("größe-緑.png") == "größe-緑"
+
+
+def test_formats_have_one_kind_of_signature():
+    assert list(FORMATS) == ["jsonl", "karpathy", "img2dataset", "scenes"]
+    shared: dict[str, set[str]] = {}
+    for name, function in FORMATS.items():
+        parameters = inspect.signature(function).parameters
+        positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert positional == (["out"] if name == "scenes" else ["source", "out"])
+        assert {"overwrite"} <= set(parameters)
+        for parameter in parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                text = f"{parameter.annotation} = {parameter.default}"
+                shared.setdefault(parameter.name, set()).add(text)
+                assert f"{parameter.name}:" in (function.__doc__ or "") or (
+                    f"{parameter.name}," in (function.__doc__ or "")
+                ), f"{name}: option {parameter.name} is not described"
+    shared.pop("split", None)
+    assert {name: kinds for name, kinds in shared.items() if len(kinds) > 1} == {}
+
+
+def test_real_photos(tmp_path: Path):
+    root = os.environ.get("MMGEM_TEST_DATA", "")
+    source = Path(root) / "data" / "flickr8k"
+    if not root or not source.is_dir():
+        pytest.skip("MMGEM_TEST_DATA names no folder with data/flickr8k")
+    result = prepare_jsonl(source, tmp_path / "out", limit=40)
+    assert {name: row["read"] for name, row in result["splits"].items()} == {"train": 40, "val": 40}
+    val = ShardedDataset(tmp_path / "out" / "val")
+    for index in range(len(val)):
+        sample = val.sample(index)
+        assert len(sample.captions) == 5
+        assert decode_image(sample).size == (sample.width, sample.height)
+        for region in sample.regions:
+            x1, y1, x2, y2 = region.box
+            assert 0 <= x1 < x2 <= sample.width and 0 <= y1 < y2 <= sample.height
+            assert region.entity is not None
