@@ -19,7 +19,7 @@ test: venv
 lint: venv
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/pyright
+	$(RUN)/pyright --pythonpath $(RUN)/python
 
 format: venv
 	$(RUN)/ruff check --fix .

@@ -20,7 +20,7 @@ from mmgem.errors import UserError
 Arguments = argparse.Namespace
 
 
-# --- train, check ---------------------------------------------------------------------------------------------------
+# --- train, check ------------------------------------------------------------------------------
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def run_check(args: Arguments) -> int:
     return 0
 
 
-# --- data prepare -----------------------------------------------------------------------------------------------------
+# --- data prepare ------------------------------------------------------------------------------
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +119,7 @@ def run_data(args: Arguments) -> int:
     return 0
 
 
-# --- eval -------------------------------------------------------------------------------------------------------------
+# --- eval --------------------------------------------------------------------------------------
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -188,7 +188,7 @@ def _models_of(path: Path, stages: bool) -> dict[str, Path]:
     return {name: found[name] for name in order if name in found}
 
 
-# --- use ----------------------------------------------------------------------------------------------------------------
+# --- use ---------------------------------------------------------------------------------------
 
 
 def add_caption(parser: argparse.ArgumentParser) -> None:
@@ -295,7 +295,7 @@ def _load(args: Arguments) -> Any:
     return load_model(args.model, args.device)
 
 
-# --- the table ------------------------------------------------------------------------------------------------------------
+# --- the table ---------------------------------------------------------------------------------
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Arguments], int]]] = {
     "train": ("train a model, stage by stage", add_train, run_train),
@@ -319,10 +319,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(sub)
         _add_debug(sub)
         sub.set_defaults(run=run)
-    args = parser.parse_args(argv)
+    args = _parse(parser, sys.argv[1:] if argv is None else list(argv))
     try:
         return args.run(args)
     except UserError as e:
+        return _failed(e, args)
+    except OSError as e:
+        if e.filename is None:
+            raise
         return _failed(e, args)
     except KeyboardInterrupt:
         print("mmgem: stopped", file=sys.stderr)
@@ -335,10 +339,29 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _failed(error: UserError, args: Arguments) -> int:
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> Arguments:
+    # argparse takes a box that begins below 0 for an option.
+    for i in range(len(argv) - 1, 0, -1):
+        if argv[i - 1] == "--box" and argv[i][:1] == "-" and argv[i][1:2] in set("0123456789."):
+            argv[i - 1 : i + 1] = [f"--box={argv[i]}"]
+    # It also leaves overrides over that stand on both sides of an option.
+    args, rest = parser.parse_known_args(argv)
+    if rest and "overrides" in args and not any(text.startswith("-") for text in rest):
+        args.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _failed(error: UserError | OSError, args: Arguments) -> int:
     if getattr(args, "debug", False):
         traceback.print_exception(error)
-    print(f"mmgem: error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}"
+    elif text.startswith("Caught UserError in DataLoader worker"):  # torch wraps the traceback of the worker into it
+        text = text.rpartition("UserError: ")[2]
+    print(f"mmgem: error: {' '.join(text.split())}", file=sys.stderr)
     return 2
 
 

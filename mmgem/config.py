@@ -23,7 +23,7 @@ from mmgem.errors import UserError
 _STRICT = ConfigDict(extra="forbid")
 
 PARTS = ("vision", "llm", "projections")
-"""The parts that can be frozen and given a learning rate. `projections` are h1, h2, h3, [EMB], [CAP] and logit_scale."""
+"""What can be frozen and given a learning rate. `projections`: h1, h2, h3, [EMB], [CAP] and logit_scale."""
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -40,13 +40,17 @@ class VisionConfig:
     layer: int | None = None
     """Which block's output is the feature map: null for the last with its norm, else an index, e.g. -2."""
     train_from: str | None = None
-    """timm towers that are a plain sequence: the first module that may train, e.g. `blocks.5`; all before it stays frozen."""
+    """timm towers that are a plain sequence: the first module that may train, e.g. `blocks.5`."""
     image_size: int = 224
     resize: Literal["squash", "crop"] = "squash"
     """squash: the whole picture, its aspect lost. crop: short side to image_size, then the centre."""
     mean: tuple[float, float, float] | None = None
     """Null: what the library gives for this tower."""
     std: tuple[float, float, float] | None = None
+    frozen_statistics: bool | None = None
+    """Batch norms keep their statistics in training (small batches would spoil them). Null: yes for pretrained towers."""
+    standardise: bool = False
+    """Shift and scale the map's channels to mean 0, deviation 1 over the training pictures, measured once at the start."""
     gradient_checkpointing: bool = False
 
 
@@ -55,7 +59,7 @@ class LlmConfig:
     name: str | None = None
     """A hub id or a local folder; null: random weights from `config`."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Architecture, as in a Hugging Face config.json (`model_type`, `hidden_size` …). With `name` it must agree with what is loaded."""
+    """Architecture, as in a Hugging Face config.json (`model_type`, `hidden_size` …). `name`, if given, must agree."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
 
@@ -80,6 +84,8 @@ class ModelConfig:
     """Sampling points an output bin and axis; -1: one a cell of the map, rounded up."""
     visual_dropout: float = 0.0
     """Dropout on what h1 receives, in training."""
+    head_dropout: float = 0.0
+    """Dropout on what h2 and h3 receive, in training."""
     token_dropout: float = 0.0
     """Share of the caption stream's input words hidden in training (their embedding zeroed)."""
     max_tokens: int = 64
@@ -97,6 +103,8 @@ class DataConfig:
     workers: int = 0
     max_broken: float = 0.01
     """The share of samples that may be broken before the run stops."""
+    cache: str | None = None
+    """Where `cached_views` are kept, for other runs to use again; null: in the run's folder until the run is finished."""
     flip: float = 0.0
     """Chance of a mirrored picture; leave at 0 where texts speak of left and right."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
@@ -138,7 +146,7 @@ class StageConfig:
     patch_dropout: float = 0.0
     """Share of a ViT's patches left out in training; only without regions."""
     cached_views: int = 0
-    """Above 0: the frozen part of the tower is computed once for so many augmented views of each picture, kept on disk."""
+    """Above 0: the frozen part of the tower is computed once for so many views of each picture and kept on disk."""
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -327,6 +335,8 @@ def _check(config: Config, source: str) -> None:
         f"data.row_tokens={data.row_tokens} cannot hold a text of model.max_tokens={model.max_tokens} and its 3 "
         f"special tokens; set it to at least {model.max_tokens + 3}",
     )
+    for name in ("visual_dropout", "head_dropout", "token_dropout"):
+        refuse(not 0 <= getattr(model, name) < 1, f"model.{name} must be at least 0 and below 1")
     refuse(
         not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,
         "data.crop_scale must be two shares, 0 < low <= high <= 1",

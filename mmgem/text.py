@@ -31,9 +31,10 @@ class TextCodec:
     def __init__(self, tokenizer: Any, max_tokens: int):
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"the tokenizer {tokenizer.name_or_path or ''} has no end-of-text token; captions could never end: choose another"
+                f"the tokenizer {tokenizer.name_or_path or ''} has no end-of-text token, so captions could never end; "
+                "choose another"
             )
-        self.vocab_size = len([t for t in tokenizer.get_vocab() if t not in (EMB, CAP)])
+        self.vocab_size = 1 + max(i for t, i in tokenizer.get_vocab().items() if t not in (EMB, CAP))
         tokenizer.add_special_tokens({"additional_special_tokens": [EMB, CAP]})
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
@@ -43,8 +44,15 @@ class TextCodec:
         self.bos_id: int | None = tokenizer.bos_token_id
 
     def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-        """The texts' own ids, without special tokens, each at most `max_tokens`; and which were cut."""
-        ids = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        """The texts' own ids, without special tokens, each at most `max_tokens`; and which were cut.
+
+        A text that spells a special token, e.g. "[EMB]", is read as the letters it is made of.
+        """
+        if not texts:
+            return [], []
+        ids = self.tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+        )["input_ids"]
         return [i[: self.max_tokens] for i in ids], [len(i) > self.max_tokens for i in ids]
 
     def embedding_stream(self, ids: Sequence[int]) -> list[int]:
@@ -64,7 +72,7 @@ class TextCodec:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool) -> Any:
-    """A byte-level BPE tokenizer (nothing is out of vocabulary) trained on the texts; the same texts give the same one."""
+    """A byte-level BPE tokenizer (nothing is out of vocabulary) trained on the texts; same texts, same tokenizer."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -194,7 +202,7 @@ def _joined(parts: list[np.ndarray]) -> Tensor:
 
 
 def _best_fit(lengths: Sequence[int], capacity: int) -> tuple[list[tuple[int, int]], int]:
-    """Longest first, each into the fullest row that still takes it. Gives (row, start) of each and the number of rows."""
+    """Longest first, each into the fullest row that still takes it. Gives each one's (row, start), and the rows."""
     if lengths and max(lengths) > capacity:
         raise UserError(f"a stream of {max(lengths)} tokens does not fit a row of {capacity}; raise data.row_tokens")
     places = [(0, 0)] * len(lengths)

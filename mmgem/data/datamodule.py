@@ -7,6 +7,7 @@ runs on broken samples only up to the set share.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +41,7 @@ class CachedPictures(Protocol):
 
 
 class Reader(Dataset):
-    """Position -> Item, by arithmetic: the sample, its view, captions and boxes depend on (seed, epoch, sample) alone."""
+    """Position -> Item, by arithmetic: sample, view, captions and boxes depend on (seed, epoch, sample) alone."""
 
     def __init__(
         self,
@@ -51,11 +52,7 @@ class Reader(Dataset):
         seed: int,
         cache: CachedPictures | None = None,
     ):
-        if stage.max_regions and not dataset.has_regions:
-            raise UserError(
-                f"stage {stage.name}: max_regions={stage.max_regions}, but {dataset.split_dir} has no regions; "
-                "set max_regions: 0 or prepare data with boxes"
-            )
+        refuse_missing_regions(dataset, stage)
         self.dataset, self.data, self.stage = dataset, data, stage
         self.preprocess, self.seed, self.cache = preprocess, seed, cache
         self.order = Order(len(dataset), seed)
@@ -66,8 +63,9 @@ class Reader(Dataset):
             sample = self.dataset.sample(index)
             if self.cache is None:
                 rng = draws(self.seed, epoch, index, VIEW)
-                view = draw_view(self.data, self.preprocess, sample.width, sample.height, rng)
-                picture = view.picture(decode_image(sample), self.preprocess)
+                image = decode_image(sample)
+                view = draw_view(self.data, self.preprocess, *image.size, rng)
+                picture = view.picture(image, self.preprocess)
             else:
                 number = int(draws(self.seed, epoch, index, VIEW).integers(self.stage.cached_views))
                 view = cached_view(self.data, self.preprocess, self.seed, index, number, sample.width, sample.height)
@@ -91,6 +89,20 @@ class Reader(Dataset):
         )
 
 
+def refuse_missing_regions(dataset: ShardedDataset, stage: StageConfig) -> None:
+    if stage.max_regions and not dataset.has_regions:
+        raise UserError(
+            f"stage {stage.name}: max_regions={stage.max_regions}, but {dataset.split_dir} has no regions; "
+            "set max_regions: 0 or prepare data with boxes"
+        )
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C and schedulers reach the workers too; they must live until the parent has finished its step and saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def cached_view(
     data: DataConfig, preprocess: Preprocess, seed: int, index: int, number: int, width: int, height: int
 ) -> View:
@@ -106,7 +118,7 @@ def _choose(items: Any, count: int, rng: np.random.Generator) -> list[Any]:
 
 
 class StageSampler(Sampler[list[int]]):
-    """The positions of each step from `start` on. Its length is the whole stage's, so that step numbers go on after a resume."""
+    """The positions of each step from `start` on. Its length is the whole stage's, so step numbers survive a resume."""
 
     def __init__(self, start: int, steps: int, global_batch: int):
         self.start, self.steps, self.global_batch = start, steps, global_batch
@@ -148,6 +160,7 @@ class StageData(L.LightningDataModule):
             batch_sampler=StageSampler(self.samples_consumed, self.steps, self.stage.global_batch),
             collate_fn=self.collate,
             num_workers=self.data.workers,
+            worker_init_fn=leave_signals_to_parent,
             persistent_workers=False,
         )
 

@@ -39,6 +39,7 @@ NO_IMAGE = "no image"
 BROKEN_IMAGE = "broken image"
 EMPTY_IMAGE = "empty image"
 IMAGE_TOO_LARGE = "image too large"
+SIZE_MISMATCH = "size differs from record"
 DUPLICATE_KEY = "duplicate key"
 
 # Pillow's own warning limit (a quarter of a gibibyte as RGB); above it a picture is taken for a
@@ -188,7 +189,8 @@ def record_of(sample: Sample) -> dict[str, Any]:
 def decode_image(sample: Sample) -> Image.Image:
     """The picture as RGB, EXIF rotation applied. Raises SampleError.
 
-    Transparency is dropped, grey of 16 bits is scaled to 8.
+    Transparency is dropped, grey of 16 bits is scaled to 8. Refuses a sample with boxes whose recorded
+    size is not that of its picture: the boxes are then pixels of another one.
     """
     opened = _open(sample.key, sample.image)
     try:
@@ -203,9 +205,12 @@ def decode_image(sample: Sample) -> Image.Image:
         if orientation != 1:
             image = image.transpose(_TRANSPOSE[orientation])
             image.info = {}  # or the next reader of its EXIF would turn it again
-        return image
     except Exception as error:  # Pillow's decoders raise nearly any type on broken data
         raise SampleError(sample.key, BROKEN_IMAGE, str(error)) from error
+    if sample.regions and image.size != (sample.width, sample.height):
+        sizes = f"record {sample.width}x{sample.height}, picture {image.width}x{image.height}"
+        raise SampleError(sample.key, SIZE_MISMATCH, sizes)
+    return image
 
 
 def image_size(key: str, image: bytes) -> tuple[int, int]:

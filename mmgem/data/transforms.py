@@ -46,7 +46,7 @@ def plain_view(preprocess: Preprocess, width: int, height: int) -> View:
 
 
 def draw_view(config: DataConfig, preprocess: Preprocess, width: int, height: int, rng: np.random.Generator) -> View:
-    """A crop of a random share of the plain view's area (its aspect kept within 3/4 … 4/3 of it), a flip, a colour shift."""
+    """A crop of a random share of the plain view's area (its aspect within 3/4 … 4/3 of it), a flip, a colour shift."""
     x1, y1, x2, y2 = preprocess.window(width, height)
     window = (x1, y1, x2, y2)
     if config.crop_scale != (1.0, 1.0):

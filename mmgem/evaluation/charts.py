@@ -20,6 +20,8 @@ QUANTITIES = {
     "loss": "Loss",
     "loss_emb": "Contrastive loss",
     "loss_gen": "Caption loss",
+    "loss_region_emb": "Contrastive loss of regions",
+    "loss_region_gen": "Caption loss of regions",
     "lr": "Learning rate",
     "logit_scale": "Logit scale",
     "samples_per_s": "Samples per second",
@@ -81,11 +83,19 @@ def read_log(path: Path | None) -> Log:
 def charts(log: Log) -> list[Markup]:
     """One chart for each quantity that the log has."""
     out = []
-    for key, title in QUANTITIES.items():
+    for key, title in _titles(log).items():
         values = np.array([_number(line.get(key)) for line in log.lines], dtype=np.float64)
         if np.isfinite(values).sum() >= 2:
             out.append(_chart(title, log, values))
     return out
+
+
+def _titles(log: Log) -> dict[str, str]:
+    """QUANTITIES, and after the named losses whatever other loss the log has."""
+    more = dict.fromkeys(k for line in log.lines for k in line if k.startswith("loss_"))
+    named = {k: k.removeprefix("loss_").replace("_", " ").capitalize() + " (loss)" for k in more}
+    losses = {k: title for k, title in QUANTITIES.items() if k.startswith("loss")}
+    return losses | {k: t for k, t in named.items() if k not in losses} | QUANTITIES
 
 
 def _number(value: object) -> float:
@@ -182,9 +192,7 @@ def _range(values: NDArray[np.float64], smooth: NDArray[np.float64]) -> tuple[fl
     return low, high
 
 
-def _thinned(
-    x: NDArray[np.int64], y: NDArray[np.float64], rows: NDArray[np.int64]
-) -> list[tuple[float, float]]:
+def _thinned(x: NDArray[np.int64], y: NDArray[np.float64], rows: NDArray[np.int64]) -> list[tuple[float, float]]:
     """At most _MAX_POINTS points; of each bin its least and its greatest value, in order."""
     if len(rows) > _MAX_POINTS:
         chosen = []

@@ -71,9 +71,7 @@ def _svg(image: Image.Image, side: int, alt: str, marks: Sequence[Mark], window:
     font = max(width, height) / 17
     for mark in marks:
         left, top, right, bottom = mark.box
-        shape = (
-            f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}"'
-        )
+        shape = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}"'
         parts.append(f'<rect class="halo" {shape}/>')
         parts.append(f'<rect class="box" stroke="{mark.colour}" {shape}/>')
         if mark.badge:

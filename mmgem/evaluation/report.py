@@ -108,11 +108,9 @@ def _table(task: str, results: Sequence[TaskResult], models: Sequence[str]) -> d
         chance = next((r.chance[name] for r in results if name in r.chance), None)
         rows.append(
             {
-                "name": name,
-                "cells": [
-                    {"value": number(v), "error": _error(v, e)}
-                    for v, e in zip(values, errors, strict=True)
-                ],
+                # A narrow screen may break the name after an underscore.
+                "name": Markup("_<wbr>").join(name.split("_")),
+                "cells": [{"value": number(v), "error": _error(v, e)} for v, e in zip(values, errors, strict=True)],
                 "chance": number(chance),
                 "ratio": _ratio(values[-1], values[0] if len(models) > 1 else chance),
             }
@@ -214,9 +212,7 @@ def _regions(
             marks.append(Mark(note.box, colour, badge))
             first_phrase, *others = note.phrases
             given = first_phrase + (f" (+{len(others)})" if others else "")
-            written = [
-                _written(m, e.notes[n].written) | {"right": e.notes[n].right} for m, e in group
-            ]
+            written = [_written(m, e.notes[n].written) | {"right": e.notes[n].right} for m, e in group]
             notes.append({"colour": colour, "badge": badge, "given": given, "written": written})
         image = picture(fetch(first.image), _CARD, "image with numbered boxes", marks)
         cards.append({"picture": image, "notes": notes})

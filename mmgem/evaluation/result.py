@@ -88,9 +88,7 @@ class TaskResult:
     model: str = ""
 
     @classmethod
-    def of(
-        cls, task: str, protocol: dict[str, Any], scores: Scores, examples: list[Example]
-    ) -> "TaskResult":
+    def of(cls, task: str, protocol: dict[str, Any], scores: Scores, examples: list[Example]) -> "TaskResult":
         """From `Scores`. Raises ValueError if a figure is not finite."""
         for kind in (scores.metrics, scores.stderr, scores.chance):
             for name, value in kind.items():

@@ -130,9 +130,7 @@ def _sizes(model: Encoder) -> str:
     """Parameters in all and by part: "12.3 M parameters: vision 2.2 M, language 9.8 M"."""
     if not isinstance(model, nn.Module):
         return "no parameters"
-    parts = {
-        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
-    }
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     total = sum(p.numel() for p in model.parameters())
     named = ", ".join(f"{name} {_millions(n)}" for name, n in parts.items() if n)
     return f"{_millions(total)} parameters" + (f": {named}" if named else "")
@@ -201,19 +199,33 @@ def describe_config(text: str) -> list[tuple[str, str]]:
         return []
     model: dict[str, Any] = tree.get("model") or {}
     vision, llm = model.get("vision") or {}, model.get("llm") or {}
-    tower = f"{vision.get('name') or vision.get('config_file') or 'own'} ({vision.get('library')})"
-    tower += f", {vision.get('image_size')} pixels"
-    tower += f", from {Path(str(vision['pretrained'])).name}" if vision.get("pretrained") else ""
+    weights = Path(str(vision.get("pretrained") or "random weights")).name
     shape = llm.get("config") or {}
-    words = [str(llm.get("name") or f"{shape.get('model_type', '')}, from random weights")]
-    for key, said in (("num_hidden_layers", "layers"), ("hidden_size", "wide")):
-        words += [f"{shape[key]} {said}"] if key in shape else []
-    out = [("Vision tower", tower), ("LLM", ", ".join(words))]
+    tower = _listed(
+        ("{}", vision.get("name") or vision.get("config_file")),
+        ("of {}", vision.get("library")),
+        ("{}", weights),
+        ("{} pixels", vision.get("image_size")),
+    )
+    language = _listed(
+        ("{}", llm.get("name") or shape.get("model_type")),
+        ("{}", "pretrained" if llm.get("name") else "random weights"),
+        ("{} layers", shape.get("num_hidden_layers")),
+        ("width {}", shape.get("hidden_size")),
+    )
+    out = [("Vision tower", tower), ("LLM", language)]
     for stage in tree.get("stages") or []:
-        length = f"{stage['samples']:,} samples" if stage.get("samples") else ""
-        length = length or f"{stage.get('epochs')} epochs"
-        said = f"{length}, global batch {stage.get('global_batch')}, lr {stage.get('lr'):g}"
-        if stage.get("max_regions"):
-            said += f", at most {stage['max_regions']} regions an image"
+        said = _listed(
+            ("{:,} samples", stage.get("samples")),
+            ("{:g} epochs", stage.get("epochs")),
+            ("global batch {}", stage.get("global_batch")),
+            ("at most {} regions an image", stage.get("max_regions")),
+            ("learning rate {:g}", stage.get("lr")),
+        )
         out.append((f"Stage {stage.get('name')}", said))
     return out
+
+
+def _listed(*parts: tuple[str, Any]) -> str:
+    """What is there, after its pattern, with commas."""
+    return ", ".join(pattern.format(value) for pattern, value in parts if value)

@@ -74,7 +74,7 @@ pre{overflow-x:auto;background:var(--shade);border-radius:8px;padding:12px 14px;
 footer{margin-top:48px;color:var(--soft);font-size:.85rem}
 @media (max-width:620px){main{padding:18px 14px 48px}.row{grid-template-columns:repeat(3,1fr)}
 dl.facts{grid-template-columns:1fr;gap:0}dl.facts dd{margin-bottom:7px}th,td{padding:5px 7px}
-td.name{white-space:normal;overflow-wrap:anywhere;min-width:9.5em;line-height:1.3}
+td.name{white-space:normal;line-height:1.3}
 td small{display:block}thead th{white-space:normal}}
 """
 

@@ -7,10 +7,9 @@ LLM once. A broken sample is skipped, counted and named; more of them than `max_
 with a UserError, and so is a split without a single readable image.
 """
 
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil, floor
 from typing import Any, Protocol
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from mmgem.data.samples import Box, Sample, SampleError, decode_image
 from mmgem.errors import UserError
+from mmgem.progress import Progress
 
-_PLAIN_LINE_EVERY = 10.0  # seconds between lines where the output is not a terminal
 _CROP_BATCH = 64
 
 
@@ -41,7 +40,7 @@ class Encoder(Protocol):
     def text_vectors(self, texts: Sequence[str], batch_size: int = ...) -> Tensor: ...
 
     def write(
-        self, vectors_NE: Tensor, *, num_beams: int = ..., max_new_tokens: int = ...
+        self, vectors_NE: Tensor, *, num_beams: int = ..., max_new_tokens: int = ..., length_penalty: float = ...
     ) -> list[str]: ...
 
 
@@ -129,13 +128,14 @@ def encode_dataset(
     max_broken: the share of samples that may be broken (one always may). Raises UserError.
     """
     parts = _Parts()
-    with Progress(f"{title}: images", len(dataset), show=progress) as bar:
+    with _bar(title, len(dataset), "images", progress) as bar:
         for loaded in _batches(dataset, batch_size):
             parts.skipped += loaded.skipped
             _refuse_if_broken(parts.skipped, len(dataset), max_broken)
             if loaded.items:
                 _encode_batch(model, loaded, parts, regions, crops)
-            bar.advance(loaded.read)
+            if bar is not None:
+                bar.advance(loaded.read)
     if not parts.samples:
         raise UserError(
             f"{title}: no readable image among {len(dataset)} samples"
@@ -178,9 +178,7 @@ def _load(dataset: Dataset, start: int, stop: int) -> _Loaded:
     return loaded
 
 
-def _encode_batch(
-    model: Encoder, loaded: _Loaded, parts: _Parts, regions: bool, crops: bool
-) -> None:
+def _encode_batch(model: Encoder, loaded: _Loaded, parts: _Parts, regions: bool, crops: bool) -> None:
     """One vision pass for the images and their distinct boxes; boxes of several phrases once."""
     images = [image for _, _, image in loaded.items]
     samples = [sample for _, sample, _ in loaded.items]
@@ -192,9 +190,7 @@ def _encode_batch(
     if not regions:
         return
     cut = [crop(image, box) for image, own in zip(images, distinct, strict=True) for box in own]
-    cut_vectors = (
-        _plain(model.image_vectors(cut, batch_size=_CROP_BATCH)) if crops and cut else None
-    )
+    cut_vectors = _plain(model.image_vectors(cut, batch_size=_CROP_BATCH)) if crops and cut else None
     done = 0
     for sample, boxes, vectors in zip(samples, distinct, r_RE, strict=True):
         rows = [boxes.index(region.box) for region in sample.regions]
@@ -264,108 +260,34 @@ def _refuse_not_finite(image_NE: Tensor, samples: list[Sample], title: str) -> N
         )
 
 
-def embed_texts(
-    model: Encoder, texts: Sequence[str], *, progress: bool = True, title: str = "encode"
-) -> Tensor:
+def embed_texts(model: Encoder, texts: Sequence[str], *, progress: bool = True, title: str = "encode") -> Tensor:
     """[N, E] un-normalised vectors, in pieces so that progress can be shown."""
     # Short texts together: the model pads to the longest of a batch.
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    pieces = in_pieces(
-        [texts[i] for i in order],
-        lambda piece: [_plain(model.text_vectors(piece))],
-        Progress(f"{title}: texts", len(texts), show=progress),
-    )
-    shuffled = torch.cat(pieces)
-    out = torch.empty_like(shuffled)
+    in_order = [texts[i] for i in order]
+    with _bar(title, len(texts), "texts", progress) as bar:
+        pieces = [_plain(model.text_vectors(piece)) for piece in _pieces(in_order, bar)]
+    out = torch.empty_like(shuffled := torch.cat(pieces))
     out[torch.tensor(order)] = shuffled
     return out
 
 
 def write_texts(
-    model: Encoder,
-    vectors_NE: Tensor,
-    *,
-    progress: bool = True,
-    title: str = "write",
-    **options: Any,
+    model: Encoder, vectors_NE: Tensor, *, progress: bool = True, title: str = "write", **options: Any
 ) -> list[str]:
-    """What the model writes for each vector (un-normalised), with progress."""
-    return in_pieces(
-        vectors_NE,
-        lambda piece: model.write(piece, **options),
-        Progress(f"{title}: texts", len(vectors_NE), show=progress),
-    )
+    """What the model writes for each vector (un-normalised); options as for `MMGem.write`."""
+    with _bar(title, len(vectors_NE), "texts", progress) as bar:
+        return [text for piece in _pieces(vectors_NE, bar) for text in model.write(piece, **options)]
 
 
-def in_pieces(
-    items: Any, work: Callable[[Any], list[Any]], bar: "Progress", piece: int = 256
-) -> list[Any]:
-    """`work` on slices of `items`, its lists joined, the bar moved on after each."""
-    out: list[Any] = []
-    with bar:
-        for start in range(0, len(items), piece):
-            part = items[start : start + piece]
-            out += work(part)
-            bar.advance(len(part))
-    return out
+def _bar(title: str, total: int, unit: str, show: bool) -> AbstractContextManager[Progress | None]:
+    return Progress(title, total, unit) if show else nullcontext()
 
 
-class Progress:
-    """Count, rate and time left of a long piece of work, on stderr.
-
-    A rich bar on a terminal; elsewhere (a log file, a pipe) a plain line every ten seconds and one
-    at the end of what took that long.
-    """
-
-    def __init__(self, title: str, total: int, *, show: bool = True) -> None:
-        self.title, self.total, self.show = title, total, show
-        self.done = 0
-        self._bar: Any = None
-        self._task: Any = None
-        self._start = self._last_line = time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        self._start = self._last_line = time.monotonic()
-        if self.show and sys.stderr.isatty():
-            from rich import progress as rich
-            from rich.console import Console
-
-            self._bar = rich.Progress(
-                rich.TextColumn("{task.description}"),
-                rich.BarColumn(),
-                rich.MofNCompleteColumn(),
-                rich.TextColumn("{task.fields[rate]}"),
-                rich.TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, rate="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif self._last_line > self._start:
-            self._line()
-
-    def advance(self, n: int) -> None:
-        """n more items are done."""
-        self.done += n
-        if self._bar is not None:
-            self._bar.update(self._task, advance=n, rate=f"{self._rate():.1f}/s")
-        elif self.show and time.monotonic() - self._last_line >= _PLAIN_LINE_EVERY:
-            self._line()
-
-    def _rate(self) -> float:
-        return self.done / max(time.monotonic() - self._start, 1e-9)
-
-    def _line(self) -> None:
-        self._last_line = time.monotonic()
-        rate = self._rate()
-        left = (self.total - self.done) / rate if rate else 0.0
-        print(
-            f"{self.title} {self.done}/{self.total}, {rate:.1f}/s, {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+def _pieces(items: Any, bar: Progress | None, size: int = 256) -> Iterator[Any]:
+    """Slices of `items`; the bar moves on when the next one is asked for."""
+    for start in range(0, len(items), size):
+        piece = items[start : start + size]
+        yield piece
+        if bar is not None:
+            bar.advance(len(piece))

@@ -6,6 +6,7 @@ boxes of the picture, and empty texts, each by name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def describe_regions(
     image = read_image(path)
     for box in boxes:
         check_box(box, image, str(path))
+    if query is not None and not query.strip():
+        raise UserError("--query: the text is empty")
     vectors_RE = model.region_vectors([image], [boxes])[0]
     unit_RE = torch.nn.functional.normalize(vectors_RE, dim=-1)
     rows: list[dict[str, Any]] = [{"image": str(path), "box": list(box)} for box in boxes]
@@ -92,8 +95,6 @@ def describe_regions(
         for row, text in zip(rows, model.write(vectors_RE, **writing), strict=True):
             row["caption"] = text
     if query is not None:
-        if not query.strip():
-            raise UserError("--query: the text is empty")
         for row, cosine in zip(rows, (unit_RE @ model.embed_texts([query])[0]).tolist(), strict=True):
             row["similarity"] = cosine
     if embed:
@@ -123,7 +124,7 @@ def embed_to_file(
 
 def _embed_texts(model: MMGem, file: Path) -> tuple[list[str], list[np.ndarray]]:
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as e:
         raise UserError(f"--texts {file}: not a readable text file ({type(e).__name__})") from None
     empty = [i + 1 for i, line in enumerate(lines) if not line.strip()]
@@ -174,4 +175,4 @@ def _from_split(split: Path | None) -> Iterator[tuple[str, Image.Image]]:
             sample = dataset.sample(index)
             yield sample.key, decode_image(sample)
         except SampleError as e:
-            print(f"skipped {e}")
+            print(f"skipped {e}", file=sys.stderr)

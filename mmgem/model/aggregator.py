@@ -14,8 +14,8 @@ from torchvision.ops import roi_align
 class PoolAggregator(nn.Module):
     """Mean, RoIAlign (He et al. 2017, with the half-pixel shift: `aligned=True`), or the map's own places.
 
-    `roi_size` k: RoIAlign gives k x k bins, averaged. `roi_sampling`: points a bin and axis; -1: one a cell, rounded up,
-    so that a box of the whole map gives exactly its mean.
+    `roi_size` k: RoIAlign gives k x k bins, averaged. `roi_sampling`: points a bin and axis; -1: one a cell, rounded
+    up, so that a box of the whole map gives exactly its mean.
     """
 
     def __init__(self, roi_size: int = 1, roi_sampling: int = -1):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmgem.config import LlmConfig
 from mmgem.errors import UserError
+from mmgem.text import TextCodec
 
 
 class LanguageModel(nn.Module):
@@ -23,10 +24,10 @@ class LanguageModel(nn.Module):
     so there are no output rows for them.
     """
 
-    def __init__(self, config: LlmConfig, vocab_size: int, emb_id: int, cap_id: int, load_weights: bool = True):
+    def __init__(self, config: LlmConfig, codec: TextCodec, load_weights: bool = True):
         super().__init__()
-        self.hf = create_llm(config, vocab_size, load_weights)
-        self.emb_id, self.cap_id = emb_id, cap_id
+        self.hf = create_llm(config, codec, load_weights)
+        self.emb_id, self.cap_id = codec.emb_id, codec.cap_id
         self.width = int(self.hf.get_input_embeddings().embedding_dim)
         table = self.hf.get_input_embeddings().weight
         std = 0.02 if table.is_meta else float(table.detach().float().std())
@@ -76,7 +77,10 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def refuse_leaks(self) -> None:
-        """Runs two streams packed and alone; raises UserError if they differ: this LM cannot be packed."""
+        """Runs two streams packed, alone, and through the LM's own forward; raises UserError if they differ.
+
+        Such an LM cannot be packed, or does more to its scores than `logits` knows.
+        """
         training = self.training
         self.eval()
         parameter = next(self.hf.parameters())
@@ -85,16 +89,27 @@ class LanguageModel(nn.Module):
         rows_1LD = rows_1LD * self.added_2D.std().to(parameter.dtype)
         segment_1L = torch.tensor([[0] * 4 + [1] * 5], device=parameter.device)
         position_1L = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=parameter.device)
-        packed = self(rows_1LD, segment_1L, position_1L)[:, 4:].float()
-        alone = self(rows_1LD[:, 4:], segment_1L[:, 4:], position_1L[:, 4:])[:, :].float()
-        self.train(training)
+        name = self.hf.config.model_type
+        try:
+            packed = self(rows_1LD, segment_1L, position_1L)[:, 4:]
+            alone = self(rows_1LD[:, 4:], segment_1L[:, 4:], position_1L[:, 4:])
+            own_scores = self.hf(inputs_embeds=rows_1LD[:, 4:], use_cache=False).logits
+        except (TypeError, ValueError, RuntimeError) as e:
+            reason = " ".join(str(e).split())[:150]
+            raise UserError(f"model.llm: {name} takes no packed rows ({reason}); choose another LLM") from e
+        finally:
+            self.train(training)
         tolerance = 1e-4 if parameter.dtype == torch.float32 else 5e-2
-        difference = ((packed - alone).norm() / alone.norm()).item()
-        if not difference < tolerance:
-            raise UserError(
-                f"model.llm: {self.hf.config.model_type} does not keep packed texts apart (difference {difference:.1e}); "
-                "choose an LLM with ordinary causal attention"
-            )
+        for what, is_, should in (
+            ("does not keep packed texts apart", packed, alone),
+            ("has scores or a mask of its own kind", self.logits(alone), own_scores),
+        ):
+            difference = ((is_ - should).float().norm() / should.float().norm()).item()
+            if not difference < tolerance:
+                raise UserError(
+                    f"model.llm: {name} {what} (difference {difference:.1e}); "
+                    "choose an LLM with ordinary causal attention"
+                )
 
 
 def packed_mask(segment_nL: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,22 +131,26 @@ def packed_mask(segment_nL: Tensor, dtype: torch.dtype) -> Tensor:
 # --- building -------------------------------------------------------------------------------------------------------
 
 
-def create_llm(config: LlmConfig, vocab_size: int, load_weights: bool = True) -> Any:
-    """The Hugging Face causal LM. A random one gets `vocab_size` rows; a loaded one must have at least as many."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def create_llm(config: LlmConfig, codec: TextCodec, load_weights: bool = True) -> Any:
+    """The Hugging Face causal LM. A random one gets the tokenizer's rows and ids; a loaded one must have rows enough."""
+    vocab_size = codec.vocab_size
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     if config.name and load_weights:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 config.name, attn_implementation=config.attention, dtype=torch.float32
             )
+            # What an LLM's authors suggest for chat (a repetition penalty, a top_k) is not meant for captions, and is
+            # not kept with the model.
+            model.generation_config = GenerationConfig()
         except (OSError, ValueError) as e:
-            raise UserError(f"model.llm.name={config.name}: cannot be loaded ({' '.join(str(e).split())[:250]})") from e
+            raise UserError(f"model.llm.name={config.name}: cannot be loaded ({_reason(e, config)})") from e
         _refuse_contradictions(config, model.config.to_dict())
         if model.get_input_embeddings().num_embeddings < vocab_size:
             raise UserError(
-                f"model.llm.name={config.name}: {model.get_input_embeddings().num_embeddings} embedding rows for a tokenizer of "
-                f"{vocab_size} tokens; leave model.tokenizer.path empty to use the LLM's own"
+                f"model.llm.name={config.name}: {model.get_input_embeddings().num_embeddings} embedding rows for a "
+                f"tokenizer of {vocab_size} tokens; leave model.tokenizer.path empty to use the LLM's own"
             )
     else:
         settings = copy.deepcopy(config.config)
@@ -139,11 +158,12 @@ def create_llm(config: LlmConfig, vocab_size: int, load_weights: bool = True) ->
         if model_type is None:
             raise UserError("model.llm.config: model_type is missing, e.g. llama")
         settings["vocab_size"] = max(vocab_size, settings.get("vocab_size", 0))
+        settings |= {"bos_token_id": codec.bos_id, "eos_token_id": codec.eos_id, "pad_token_id": codec.eos_id}
         try:
             hf_config = AutoConfig.for_model(model_type, **settings)
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=config.attention)
-        except (ValueError, TypeError, KeyError) as e:
-            raise UserError(f"model.llm.config: transformers cannot build it ({' '.join(str(e).split())[:250]})") from e
+        except (ValueError, TypeError, KeyError, AssertionError, ImportError) as e:
+            raise UserError(f"model.llm.config: transformers cannot build it ({_reason(e, config)})") from e
     if config.gradient_checkpointing:
         # Renamed within transformers 5; both names are in use.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -151,9 +171,16 @@ def create_llm(config: LlmConfig, vocab_size: int, load_weights: bool = True) ->
     return model
 
 
+def _reason(error: Exception, config: LlmConfig) -> str:
+    text = " ".join(str(error).split())
+    if config.attention != "eager" and "attention implementation" in text:
+        return f"it has no {config.attention} attention; set model.llm.attention to eager"
+    return text[:250]
+
+
 def _refuse_contradictions(config: LlmConfig, loaded: dict[str, Any]) -> None:
     for key, value in config.config.items():
         if key in loaded and loaded[key] != value:
             raise UserError(
-                f"model.llm.config.{key}={value}, but {config.name} has {loaded[key]}; correct the config or leave the key out"
+                f"model.llm.config.{key}={value}, but {config.name} has {loaded[key]}; correct it or leave it out"
             )

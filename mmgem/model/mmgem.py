@@ -48,6 +48,9 @@ class Output:
 
 
 class MMGem(nn.Module):
+    map_mean_C: Tensor
+    map_std_C: Tensor
+
     def __init__(self, config: ModelConfig, tokenizer: Any, load_weights: bool = True):
         """`load_weights=False` builds shapes only, e.g. on the meta device or before loading a checkpoint."""
         super().__init__()
@@ -55,14 +58,14 @@ class MMGem(nn.Module):
         self.codec = TextCodec(tokenizer, config.max_tokens)
         self.vision: VisionTower = create_tower(config.vision, load_weights)
         self.aggregator = PoolAggregator(config.roi_size, config.roi_sampling)
-        self.language = LanguageModel(
-            config.llm, self.codec.vocab_size, self.codec.emb_id, self.codec.cap_id, load_weights
-        )
+        self.language = LanguageModel(config.llm, self.codec, load_weights)
         C, D, E = self.vision.width, self.language.width, config.embed_dim
         # h1 is linear so that it commutes with the mean: one h1 serves images, boxes and single places.
         self.h1 = nn.Linear(C, E)
         self.h2 = nn.Linear(D, E)
         self.h3 = nn.Linear(E, D)
+        self.register_buffer("map_mean_C", torch.zeros(C))
+        self.register_buffer("map_std_C", torch.ones(C))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.preprocess = self.vision.preprocess()
         for module in (self.h1, self.h2, self.h3):
@@ -73,14 +76,26 @@ class MMGem(nn.Module):
 
     def image_vectors_from_map(self, map_BCHW: Tensor) -> Tensor:
         """map_BCHW -> v_BE, not normalised."""
-        return self.h1(self._visual_dropout(self.aggregator.image(map_BCHW)))
+        return self.project_visual(self.aggregator.image(map_BCHW))
 
     def region_vectors_from_map(self, map_BCHW: Tensor, boxes_R4: Tensor, image_R: Tensor) -> Tensor:
         """map_BCHW, boxes as shares, each box's image -> r_RE, not normalised."""
-        return self.h1(self._visual_dropout(self.aggregator.regions(map_BCHW, boxes_R4, image_R)))
+        return self.project_visual(self.aggregator.regions(map_BCHW, boxes_R4, image_R))
 
-    def _visual_dropout(self, pooled: Tensor) -> Tensor:
-        return F.dropout(pooled, self.config.visual_dropout, self.training)
+    def project_visual(self, pooled: Tensor) -> Tensor:
+        """… x C -> … x E: h1, after the map's standardisation. All affine, so pooling before or after is the same."""
+        standard = (pooled - self.map_mean_C) / self.map_std_C
+        return self.h1(F.dropout(standard, self.config.visual_dropout, self.training))
+
+    def set_standard(self, pooled_NC: Tensor) -> None:
+        """Sets the standardisation from pooled features of training pictures."""
+        std_C = pooled_NC.float().std(dim=0)
+        self.map_mean_C.copy_(pooled_NC.float().mean(dim=0))
+        # A channel that hardly moves must not become noise.
+        self.map_std_C.copy_(std_C.clamp(min=0.05 * float(std_C.mean())))
+
+    def _head_dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.head_dropout, self.training)
 
     def forward(
         self,
@@ -110,10 +125,10 @@ class MMGem(nn.Module):
             kept_N = torch.ones(len(flat_ND), device=flat_ND.device, dtype=flat_ND.dtype)
             flat_ND = flat_ND * kept_N.index_put((texts.word_index_T,), kept_T.to(flat_ND.dtype))[:, None]
         if len(texts.visual_index_M):
-            visual_MD = self.h3(torch.cat([v_BE, r_RE])[text_vector_M])
+            visual_MD = self.h3(self._head_dropout(torch.cat([v_BE, r_RE]))[text_vector_M])
             flat_ND = flat_ND.index_put((texts.visual_index_M,), visual_MD.to(flat_ND.dtype))
         hidden_ND = self.language(flat_ND.view_as(embedded_nLD), texts.segment_nL, texts.position_nL).flatten(0, 1)
-        t_ME = self.h2(hidden_ND[texts.emb_index_M])
+        t_ME = self.h2(self._head_dropout(hidden_ND[texts.emb_index_M]))
         return Output(v_BE, r_RE, t_ME, hidden_ND[texts.label_index_T])
 
     def clamp_logit_scale(self) -> None:
@@ -142,7 +157,7 @@ class MMGem(nn.Module):
     def image_and_region_vectors(
         self, images: Sequence[Image.Image], boxes: Sequence[Boxes], batch_size: int = 64
     ) -> tuple[Tensor, list[Tensor]]:
-        """Vectors of pictures and of their boxes (pixels of each picture) from one vision pass: v_NE, and R_i x E for each."""
+        """Pictures and their boxes (in pixels) -> v_NE, and R_i x E for each, from one vision pass; not normalised."""
         image_parts: list[Tensor] = []
         regions: list[Tensor] = []
         with self._evaluating():
@@ -177,8 +192,8 @@ class MMGem(nn.Module):
 
     @torch.inference_mode()
     def text_vectors(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Strings -> t_NE, not normalised, float32 on CPU. Longer texts than `config.max_tokens` are cut before [EMB]."""
-        ids, _ = self.codec.encode(texts) if texts else ([], [])
+        """Strings -> t_NE, not normalised, float32 on CPU. Texts over `config.max_tokens` are cut before [EMB]."""
+        ids, _ = self.codec.encode(texts)
         out_NE = torch.zeros(len(ids), self.config.embed_dim)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         with self._evaluating():
@@ -214,7 +229,7 @@ class MMGem(nn.Module):
         batch_size: int = 256,
         use_cache: bool = True,
     ) -> list[str]:
-        """Captions from un-normalised image or region vectors: greedy, beam search, or nucleus sampling (`do_sample`)."""
+        """Captions from un-normalised image or region vectors: greedy, beams, or nucleus sampling (`do_sample`)."""
         options: dict[str, Any] = {
             "num_beams": num_beams,
             "max_new_tokens": max_new_tokens,
@@ -228,7 +243,7 @@ class MMGem(nn.Module):
             options |= {"top_p": top_p, "temperature": temperature, "top_k": 0}
         never = [
             i
-            for i in (self.codec.bos_id, self.codec.tokenizer.pad_token_id)
+            for i in (self.codec.bos_id, self.codec.tokenizer.pad_token_id, self.codec.emb_id, self.codec.cap_id)
             if i is not None and i != self.codec.eos_id
         ]
         if never:
@@ -280,7 +295,7 @@ class MMGem(nn.Module):
         """Cosine of each place of the feature map with a text: H x W, on the view that `preprocess` shows."""
         with self._evaluating():
             map_1CHW = self.vision(self.preprocess(image)[None].to(self.device, self.h1.weight.dtype))
-            places_HWE = F.normalize(self.h1(self.aggregator.locations(map_1CHW))[0].float(), dim=-1).cpu()
+            places_HWE = F.normalize(self.project_visual(self.aggregator.locations(map_1CHW))[0].float(), dim=-1).cpu()
         return places_HWE @ self.embed_texts([text])[0]
 
     def encode_image(self, pixels_B3SS: Tensor, normalize: bool = False) -> Tensor:
@@ -322,14 +337,15 @@ class MMGem(nn.Module):
 
 
 class _Evaluating:
-    """Switches a model to evaluation and back to what it was."""
+    """Switches a model to evaluation, and each of its modules back to what it was."""
 
     def __init__(self, model: nn.Module):
         self.model = model
 
     def __enter__(self) -> None:
-        self.training = self.model.training
+        self.training = [module for module in self.model.modules() if module.training]
         self.model.eval()
 
     def __exit__(self, *_: object) -> None:
-        self.model.train(self.training)
+        for module in self.training:
+            module.training = True

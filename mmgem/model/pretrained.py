@@ -26,9 +26,14 @@ SCHEMA = 1
 
 
 def save_pretrained(model: MMGem, path: Path) -> None:
-    """Writes the folder whole or not at all: beside its place first, then renamed. An older one is replaced."""
+    """Writes the folder whole or not at all: beside its place first, then renamed. An older model is replaced.
+
+    Raises UserError for a folder that holds something else, since that would be lost.
+    """
     from safetensors.torch import save_model
 
+    if path.exists() and not (path.is_dir() and (_is_model(path) or not any(path.iterdir()))):
+        raise UserError(f"{path}: holds something other than a model; save to a new or empty folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -47,7 +52,12 @@ def replace_folder(new: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         os.rename(place, old)
-    os.rename(new, place)
+    try:
+        os.rename(new, place)
+    except OSError:
+        if old.exists():
+            os.rename(old, place)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -56,10 +66,10 @@ def portable_config(model: MMGem) -> dict[str, Any]:
     tree = to_tree(model.config)
     vision, llm = tree["vision"], tree["llm"]
     vision["mean"], vision["std"] = list(model.vision.mean), list(model.vision.std)
-    if vision["config_file"]:
-        vision["config"] = json.loads(Path(vision["config_file"]).read_text())["vision_cfg"]
-        vision["config_file"] = None
+    if vision["frozen_statistics"] is None:
+        vision["frozen_statistics"] = vision["pretrained"] is not None
     vision["origin"], vision["pretrained"] = vision["pretrained"], None
+    vision |= model.vision.portable
     llm["origin"], llm["name"] = llm["name"], None
     llm["config"] = json.loads(model.language.hf.config.to_json_string(use_diff=False))
     tree["embed_dim"] = model.config.embed_dim
@@ -72,30 +82,40 @@ def from_pretrained(path: Path, device: str | torch.device = "cpu", dtype: torch
     folder = model_folder(path)
     model = MMGem(read_config(folder), load_tokenizer(folder), load_weights=False)
     load_weights(model, folder)
+    exact = {n: b for n, b in model.named_buffers() if n.endswith("inv_freq")}
     scale = model.logit_scale.data.float()
     model.to(device=device, dtype=dtype).eval()
     model.logit_scale.data = scale.to(device)
+    # Rotary frequencies rounded to half precision would turn late positions the wrong way.
+    for name, buffer in exact.items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
     return model
 
 
 def load_weights(model: MMGem, folder: Path) -> None:
     """Fills a model of the same shapes with a folder's weights."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_model
 
     try:
         load_model(model, str(folder / "model.safetensors"))
-    except (RuntimeError, OSError, ValueError) as e:
+    except (SafetensorError, RuntimeError, OSError, ValueError) as e:
         raise UserError(f"{folder}/model.safetensors: does not load ({' '.join(str(e).split())[:250]})") from e
 
 
 def model_folder(path: Path) -> Path:
     """The folder itself, or the `model/` of a run folder."""
     for folder in (path, path / "model"):
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        if _is_model(folder):
             return folder
     if not path.exists():
         raise UserError(f"{path}: no such folder; give a run folder or what save_pretrained wrote")
     raise UserError(f"{path}: no model here (config.json and model.safetensors are looked for, also in {path}/model)")
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -110,5 +130,5 @@ def read_config(folder: Path) -> ModelConfig:
         tree["model"]["vision"].pop("origin", None)
         tree["model"]["llm"].pop("origin", None)
         return TypeAdapter(ModelConfig).validate_python(tree["model"])
-    except (json.JSONDecodeError, KeyError, ValidationError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as e:
         raise UserError(f"{folder}/config.json: not a model's config ({' '.join(str(e).split())[:200]})") from e

@@ -9,7 +9,10 @@ A tower may be cut in two: `trunk` (frozen for good, its output can be cached) a
 
 from __future__ import annotations
 
+import difflib
+import json
 import logging
+import pickle
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
+        self.portable: dict[str, Any] = {}
+        """Settings that replace the config's own where the tower is to be built without hub and files."""
 
     def preprocess(self) -> Preprocess:
         return Preprocess(self.config.image_size, self.mean, self.std, self.config.resize)
@@ -64,6 +69,9 @@ class TimmTower(VisionTower):
         self.mean = config.mean or stats.get("mean") or (0.5, 0.5, 0.5)
         self.std = config.std or stats.get("std") or (0.5, 0.5, 0.5)
         model.reset_classifier(0)
+        fixed_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        if fixed_size not in (None, (config.image_size,) * 2) and hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=config.image_size)
         self.model = model
         self.is_vit = hasattr(model, "blocks") and hasattr(model, "patch_embed") and hasattr(model, "num_prefix_tokens")
         if config.gradient_checkpointing:
@@ -72,11 +80,25 @@ class TimmTower(VisionTower):
         self.layout = torch.contiguous_format if self.is_vit else torch.channels_last
         model.to(memory_format=self.layout)
         self.width = self._width()
+        chosen = config.frozen_statistics
+        self.frozen_statistics = config.pretrained is not None if chosen is None else chosen
         self.cut = 0
         if config.train_from is not None:
             self.cut = self._find_cut(config.train_from)
             for parameter in self.frozen_parameters():
                 parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TimmTower:
+        """What is frozen for good stays in evaluation, with its statistics: `trunk` gives what a cache has of it."""
+        super().train(mode)
+        for layer in self._layers()[: self.cut] if self.cut else ():
+            layer.eval()
+        if self.frozen_statistics:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def _width(self) -> int:
         if self.config.layer is None or self.is_vit:
@@ -87,7 +109,7 @@ class TimmTower(VisionTower):
         """The tower as a plain sequence, up to its pooling."""
         if not hasattr(self.model, "as_sequential"):
             raise UserError(
-                f"model.vision.train_from: timm's {self.config.name} is no plain sequence; freeze the whole of vision instead"
+                f"model.vision.train_from: timm's {self.config.name} is no plain sequence; freeze all of vision instead"
             )
         layers = list(self.model.as_sequential())
         head = {id(m) for m in (self.model.global_pool, getattr(self.model, "classifier", None)) if m is not None}
@@ -123,24 +145,30 @@ class TimmTower(VisionTower):
             return hidden
         hidden = hidden.contiguous(memory_format=self.layout)
         with self._fp32_on_cpu(hidden):
+            if not torch.is_autocast_enabled(hidden.device.type):
+                hidden = hidden.to(next(self.parameters()).dtype)
             for layer in self._layers()[self.cut :]:
                 hidden = layer(hidden)
         return hidden
 
     def _fp32_on_cpu(self, x: Tensor) -> AbstractContextManager[Any]:
-        """On CPU the backward of a convolution by channel is slower in bf16 than in fp32, so convolutions train in fp32."""
+        """On CPU the backward of depthwise convolutions is slower in bf16 than in fp32: they train in fp32."""
         slow = x.device.type == "cpu" and not self.is_vit and torch.is_grad_enabled()
         return torch.autocast("cpu", enabled=False) if slow else nullcontext()
 
     def set_patch_dropout(self, share: float) -> None:
-        if not self.is_vit:
+        from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
+
+        if not hasattr(self.model, "patch_drop"):
             super().set_patch_dropout(share)
             return
-        from timm.layers import PatchDropout
-
-        self.model.patch_drop = (
-            PatchDropout(share, num_prefix_tokens=self.model.num_prefix_tokens) if share else nn.Identity()
-        )
+        present = self.model.patch_drop
+        if isinstance(present, (PatchDropout, PatchDropoutWithIndices)):
+            present.prob = share
+        elif share > 0:
+            # Towers with rotary positions (timm's Eva) must know which patches are left; theirs is None when unused.
+            kind = PatchDropout if isinstance(present, nn.Identity) else PatchDropoutWithIndices
+            self.model.patch_drop = kind(share, num_prefix_tokens=self.model.num_prefix_tokens).train(self.training)
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         if self.cut:
@@ -150,11 +178,13 @@ class TimmTower(VisionTower):
         if layer is None and not self.is_vit:
             with self._fp32_on_cpu(images_B3SS):
                 map_BCHW = self.model.forward_features(images_B3SS)
+            if map_BCHW.ndim != 4:
+                raise UserError(f"model.vision.name={self.config.name}: gives no map of places; choose a CNN or a ViT")
             return map_BCHW.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else map_BCHW
         options: dict[str, Any] = {"indices": [-1 if layer is None else layer], "intermediates_only": True}
         if self.is_vit:
             options["norm"] = True
-            if self.training and getattr(self.model.patch_drop, "prob", 0) > 0:
+            if self.training and getattr(getattr(self.model, "patch_drop", None), "prob", 0) > 0:
                 options["output_fmt"] = "NLC"
         out = self.model.forward_intermediates(images_B3SS, **options)[0]
         return out.transpose(1, 2)[:, :, None] if options.get("output_fmt") == "NLC" else out
@@ -163,18 +193,18 @@ class TimmTower(VisionTower):
 class OpenClipTower(VisionTower):
     def __init__(self, config: VisionConfig, load_weights: bool = True):
         super().__init__(config)
-        visual, stats = create_open_clip(config, load_weights)
-        if not hasattr(visual, "forward_intermediates"):
+        visual, stats, self.portable = create_open_clip(config, load_weights)
+        # A CoCa tower's last norm belongs to its pooler, not to the places.
+        if not hasattr(visual, "ln_post") or visual.attn_pool is not None:
             raise UserError(
-                f"model.vision.name={config.name}: this open_clip tower gives no feature map; use a ViT or timm"
+                f"model.vision.name={config.name or config.config_file}: this open_clip tower gives no feature map; "
+                "use open_clip's own CLIP ViTs, or library: timm"
             )
         self.mean = config.mean or stats[0]
         self.std = config.std or stats[1]
         if config.gradient_checkpointing:
             visual.set_grad_checkpointing(True)
-        for unused in ("proj", "attn_pool"):
-            if getattr(visual, unused, None) is not None:
-                setattr(visual, unused, None)
+        visual.proj = None  # not used
         self.visual = visual
         self.width = int(visual.ln_post.normalized_shape[0])
 
@@ -188,7 +218,8 @@ class OpenClipTower(VisionTower):
     def set_patch_dropout(self, share: float) -> None:
         from open_clip.transformer import PatchDropout
 
-        self.visual.patch_dropout = PatchDropout(share, exclude_first_token=True) if share else nn.Identity()
+        dropout = PatchDropout(share, exclude_first_token=True) if share else nn.Identity()
+        self.visual.patch_dropout = dropout.train(self.training)
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         dropping = self.training and getattr(self.visual.patch_dropout, "prob", 0) > 0
@@ -211,7 +242,7 @@ def create_tower(config: VisionConfig, load_weights: bool = True) -> VisionTower
 
 
 def create_timm(config: VisionConfig, load_weights: bool = True) -> Any:
-    """A timm model with its classifier. `pretrained`: a timm tag (`a1_in1k`, or `default`), or a local .safetensors / .pth file."""
+    """A timm model with its classifier. `pretrained`: a timm tag (`a1_in1k`, `default`), or a local checkpoint file."""
     import timm
 
     assert config.name is not None
@@ -219,7 +250,7 @@ def create_timm(config: VisionConfig, load_weights: bool = True) -> Any:
     local = weights is not None and (weights.endswith((".safetensors", ".pth", ".pt", ".bin")) or "/" in weights)
     name = config.name if weights is None or local or weights == "default" else f"{config.name}.{weights}"
     if not timm.is_model(config.name.split(".")[0]):
-        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:3]
+        near = difflib.get_close_matches(config.name, timm.list_models())
         raise UserError(
             f"model.vision.name={config.name}: timm has no such model" + (f"; near: {', '.join(near)}" if near else "")
         )
@@ -236,17 +267,21 @@ def create_timm(config: VisionConfig, load_weights: bool = True) -> Any:
 def _load_state(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"model.vision.pretrained={path}: no such file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError) as e:
+        raise UserError(f"model.vision.pretrained={path}: not a checkpoint: {_one_line(e)}") from e
+    try:
+        state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as e:
+    except (RuntimeError, AttributeError) as e:
         raise UserError(f"model.vision.pretrained={path}: does not fit the model: {_one_line(e)}") from e
     # Folded batch norms leave running statistics out; anything else missing is a wrong file.
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]
@@ -260,72 +295,109 @@ def _load_state(model: nn.Module, path: Path) -> None:
 # --- open_clip ----------------------------------------------------------------------------------------------------
 
 
-def create_open_clip(config: VisionConfig, load_weights: bool = True) -> tuple[Any, tuple[Any, Any]]:
-    """The image side of an open_clip model, and its mean and standard deviation."""
-    import open_clip
+def create_open_clip(config: VisionConfig, load_weights: bool = True) -> tuple[Any, tuple[Any, Any], dict[str, Any]]:
+    """The image side of an open_clip model, its mean and standard deviation, and the tower's `portable` settings.
 
+    `config.config` may hold, beside the vision_cfg, `quick_gelu`, as open_clip's model configs do.
+    """
     logging.getLogger().addFilter(_no_random_init_warning)
     if config.config:
-        settings = {"vision_cfg": config.config, "embed_dim": int(config.config.get("width", 768))}
-        return _open_clip_from_settings(settings, config), CLIP_STATS
+        return _open_clip_from_settings(config.config, config, load_weights), CLIP_STATS, {}
     if config.config_file:
-        import json
-
         path = Path(config.config_file)
         if not path.is_file():
             raise UserError(f"model.vision.config_file={path}: no such file")
         try:
-            return _open_clip_from_settings(json.loads(path.read_text()), config, load_weights), CLIP_STATS
-        except (json.JSONDecodeError, KeyError) as e:
+            vision = _vision_settings(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"model.vision.config_file={path}: not an open_clip model config ({_one_line(e)})") from e
+        visual = _open_clip_from_settings(vision, config, load_weights)
+        return visual, CLIP_STATS, {"config_file": None, "config": vision}
+    return _open_clip_by_name(config, load_weights)
+
+
+def _open_clip_by_name(config: VisionConfig, load_weights: bool) -> tuple[Any, tuple[Any, Any], dict[str, Any]]:
+    import open_clip
+
     assert config.name is not None
     on_hub = config.name.startswith(("hf-hub:", "local-dir:"))
-    if not on_hub and config.name not in open_clip.list_models():
-        near = [m for m in open_clip.list_models() if config.name.lower()[:5] in m.lower()][:3]
-        raise UserError(
-            f"model.vision.name={config.name}: open_clip has no such model"
-            + (f"; near: {', '.join(near)}" if near else "")
-        )
-    options: dict[str, Any] = {"device": torch.get_default_device()}
     if not on_hub:
-        size = open_clip.get_model_config(config.name)["vision_cfg"].get("image_size", 224)  # pyright: ignore[reportOptionalSubscript]
-        if size != config.image_size:
-            options["force_image_size"] = config.image_size
+        _refuse_unknown_open_clip(config)
     try:
         model = open_clip.create_model(
             config.name,
             pretrained=config.pretrained if load_weights else None,
             load_weights=load_weights and (on_hub or config.pretrained is not None),
-            **options,
+            device=torch.get_default_device(),
+            force_image_size=config.image_size,
         )
+        portable = {"name": None, "config": _hub_settings(config.name)} if on_hub else {}
     except (RuntimeError, OSError, ValueError) as e:
         raise UserError(f"model.vision: open_clip could not make {config.name}: {_one_line(e)}") from e
     stats = open_clip.get_model_preprocess_cfg(model)
-    return model.visual, (tuple(stats.get("mean", CLIP_STATS[0])), tuple(stats.get("std", CLIP_STATS[1])))
+    return model.visual, (tuple(stats.get("mean", CLIP_STATS[0])), tuple(stats.get("std", CLIP_STATS[1]))), portable
 
 
-def _open_clip_from_settings(settings: dict[str, Any], config: VisionConfig, load_weights: bool = True) -> Any:
+def _refuse_unknown_open_clip(config: VisionConfig) -> None:
     import open_clip
 
-    vision = {"image_size": config.image_size, **settings["vision_cfg"]}
+    name, names = str(config.name), open_clip.list_models()
+    if name not in names:
+        near = difflib.get_close_matches(name, names)
+        raise UserError(
+            f"model.vision.name={name}: open_clip has no such model" + (f"; near: {', '.join(near)}" if near else "")
+        )
+    # open_clip only warns, and then computes with an activation the weights were not trained with.
+    tag: dict[str, Any] = open_clip.get_pretrained_cfg(name, config.pretrained) if config.pretrained else {}
+    settings: dict[str, Any] = open_clip.get_model_config(name) or {}
+    if tag and tag.get("quick_gelu", False) != settings.get("quick_gelu", False):
+        other = name.removesuffix("-quickgelu") if settings.get("quick_gelu") else f"{name}-quickgelu"
+        raise UserError(
+            f"model.vision: the weights {config.pretrained} of {name} were trained with another activation; "
+            f"set name to {other}"
+        )
+
+
+def _hub_settings(name: str) -> dict[str, Any]:
+    """The vision settings of `hf-hub:org/name` or `local-dir:folder`, which open_clip has read before."""
+    kind, _, place = name.partition(":")
+    if kind == "hf-hub":
+        from huggingface_hub import hf_hub_download
+
+        file = Path(hf_hub_download(place, "open_clip_config.json"))
+    else:
+        file = Path(place) / "open_clip_config.json"
+    return _vision_settings(json.loads(file.read_text())["model_cfg"])
+
+
+def _vision_settings(model: dict[str, Any]) -> dict[str, Any]:
+    """The vision_cfg of an open_clip model config, with its `quick_gelu`."""
+    return {**model["vision_cfg"], **({"quick_gelu": True} if model.get("quick_gelu") else {})}
+
+
+def _open_clip_from_settings(settings: dict[str, Any], config: VisionConfig, load_weights: bool) -> Any:
+    import open_clip
+
+    vision: Any = {**settings, "image_size": config.image_size}
+    quick_gelu = bool(vision.pop("quick_gelu", False))
     # The text side is not used; the smallest that open_clip will build.
-    text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+    text: Any = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
     try:
-        model = open_clip.CLIP(settings["embed_dim"], vision_cfg=vision, text_cfg=text)
+        model: Any = open_clip.CLIP(int(vision.get("width", 768)), vision, text, quick_gelu=quick_gelu)
     except (TypeError, AssertionError, RuntimeError) as e:
         raise UserError(f"model.vision: open_clip could not build this vision_cfg: {_one_line(e)}") from e
     if config.pretrained and load_weights:
         path = Path(config.pretrained)
         if not path.is_file():
-            raise UserError(
-                f"model.vision.pretrained={path}: no such file (a config_file goes with a local checkpoint)"
-            )
-        state = open_clip.factory.load_state_dict(str(path))
-        state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+            raise UserError(f"model.vision.pretrained={path}: no such file (a config goes with a local checkpoint)")
+        model.visual.proj = None  # not used, and its width is the checkpoint's own
         try:
+            state: Any = open_clip.factory.load_state_dict(str(path))
+            state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+            state.pop("proj", None)
             model.visual.load_state_dict(state)
-        except RuntimeError as e:
-            raise UserError(f"model.vision.pretrained={path}: does not fit config_file: {_one_line(e)}") from e
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError) as e:
+            raise UserError(f"model.vision.pretrained={path}: does not fit the vision config: {_one_line(e)}") from e
     return model.visual
 
 

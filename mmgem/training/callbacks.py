@@ -26,6 +26,19 @@ from mmgem.training.checkpoint import RunFolder, RunState, state_tree
 from mmgem.training.module import StageModule
 
 
+class Stopped(BaseException):
+    """A signal that asks to stop at once. Like KeyboardInterrupt it is no Exception: nobody shall take it for one."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def stop_at_once(number: int, frame: Any) -> None:
+    """A signal handler."""
+    raise Stopped(number)
+
+
 class StepLog(L.Callback):
     """log.jsonl, one line a step, and the progress on the screen."""
 
@@ -54,16 +67,20 @@ class StepLog(L.Callback):
             "step": self.steps_before + step,
             "stage": pl_module.stage.name,
             "samples": step * pl_module.stage.global_batch,
-            **{k: v for k, v in pl_module.last.items() if k != "logit_scale"},
-            "lr": pl_module.stage.lr * trainer.lr_scheduler_configs[0].scheduler.lr_lambdas[0](batch_idx),
+            "loss": pl_module.last["loss"],
+            "loss_emb": pl_module.last.get("loss_emb"),
+            "loss_gen": pl_module.last.get("loss_gen"),
+            **{k: v for k, v in pl_module.last.items() if k.startswith("loss_region")},
+            "lr": pl_module.stage.lr * pl_module.lr_factor(batch_idx),
             "logit_scale": pl_module.last["logit_scale"],
             "samples_per_s": round(rate, 2),
             "regions": len(batch.boxes_R4),
-            "texts_cut": self.cut,
+            "texts_cut": batch.texts_cut,
         }
         self.file.write(json.dumps(line) + "\n")
+        metrics = {k: v for k, v in line.items() if k not in ("stage", "step") and v is not None}
         for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in line.items() if k not in ("stage", "step")}, step=line["step"])
+            logger.log_metrics(metrics, step=line["step"])
         figures = {k.replace("loss_", ""): v for k, v in pl_module.last.items() if k.startswith("loss")}
         self.progress.note = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
         self.progress.advance()
@@ -77,6 +94,9 @@ class StepLog(L.Callback):
             self.progress.__exit__()
             if self.cut:
                 print(f"{self.cut} texts were longer than model.max_tokens and cut", file=sys.stderr)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
 
 class BrokenSamples(L.Callback):
@@ -112,14 +132,14 @@ class Checkpoints(L.Callback):
     def __init__(self, folder: RunFolder, config: Config, steps_before: int):
         self.folder, self.config, self.steps_before = folder, config, steps_before
         self.signal: int | None = None
-        self.saved_step = -1
+        self.handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.handlers = {s: signal.signal(s, self._asked_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _asked_to_stop(self, number: int, frame: Any) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
+            stop_at_once(number, frame)
         self.signal = number
         print(
             f"\n{signal.Signals(number).name}: finishing this step, then saving (again: stop at once)", file=sys.stderr
@@ -149,8 +169,12 @@ class Checkpoints(L.Callback):
         self.folder.save_checkpoint(trainer, run_step, self.config.training.keep_checkpoints)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        for number, handler in getattr(self, "handlers", {}).items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        self.handlers = {}
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
 
 class CaptionSamples(L.Callback):
@@ -172,7 +196,7 @@ class CaptionSamples(L.Callback):
         if not pl_module.stage.loss.gen:
             return
         written = pl_module.model.caption([p for _, p, _ in self.pictures], max_new_tokens=30)
-        with (self.folder.path / "samples.jsonl").open("a") as file:
+        with self.folder.samples.open("a") as file:
             for (key, _, reference), caption in zip(self.pictures, written, strict=True):
                 line = {"step": self.steps_before + step, "key": key, "caption": caption, "reference": reference}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -25,9 +25,8 @@ def check(config: Config) -> str:
     for stage in config.stages:
         length = f"{stage.samples} samples" if stage.samples else f"{stage.epochs} epochs"
         regions = f", up to {stage.max_regions} regions an image" if stage.max_regions else ""
-        lines.append(
-            f"stage {stage.name}: {length}, global_batch {stage.global_batch}{regions}, frozen: {stage.freeze or 'nothing'}"
-        )
+        frozen = ", ".join(stage.freeze) or "nothing"
+        lines.append(f"stage {stage.name}: {length}, global_batch {stage.global_batch}{regions}, frozen: {frozen}")
     return "\n".join(lines)
 
 
@@ -38,8 +37,10 @@ def meta_counts(config: Config) -> tuple[dict[str, int], dict[str, str]]:
         raise UserError(
             f"model.llm.config: describe {settings.llm.name} here (model_type, hidden_size …) to check without it"
         )
-    # Any tokenizer does: the LLM's own vocabulary is in its config.
+    # Any tokenizer does: a named LLM's vocabulary is in its config, and one that is trained has the size that is set.
     tokenizer = train_tokenizer(["a"], 300, lowercase=True)
+    if not (settings.llm.name or settings.tokenizer.path):
+        settings.llm.config["vocab_size"] = max(settings.tokenizer.vocab_size, settings.llm.config.get("vocab_size", 0))
     with torch.device("meta"):
         model = MMGem(settings, tokenizer, load_weights=False)
         size = settings.vision.image_size

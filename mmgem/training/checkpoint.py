@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from mmgem.config import Config, save_config, to_tree
 from mmgem.errors import UserError
 
 # Settings that may differ between the parts of a run without changing its result.
-FREE_SETTINGS = ("run", "training", "data.workers", "data.path")
+FREE_SETTINGS = ("run", "training.", "data.workers", "data.path", "data.cache")
+BOUND_SETTINGS = ("training.precision",)
 
 
 @dataclass
@@ -40,10 +42,13 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.stages = self.path / "stages"
+        self.config = self.path / "config.yaml"
+        self.facts = self.path / "run.json"
         self.log = self.path / "log.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.tokenizer = self.path / "tokenizer"
 
-    def begin(self, config: Config, resume: str) -> Path | None:
+    def begin(self, config: Config, resume: str, data_checksum: str) -> Path | None:
         """Lays the folder, or finds where to go on. Gives the checkpoint to load, None for a fresh start."""
         if resume not in ("auto", "never"):
             checkpoint = Path(resume)
@@ -55,20 +60,35 @@ class RunFolder:
                 raise UserError(
                     f"{self.path} already holds a run; --resume auto goes on with it, run=OTHER chooses another folder"
                 )
-        if checkpoint is not None and (self.path / "config.yaml").is_file():
+        if self.config.is_file() and (checkpoint is not None or self.finished):
             self._refuse_other_settings(config)
+            self._refuse_other_data(config, data_checksum)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        save_config(config, self.path / "config.yaml")
+        save_config(config, self.config)
         return checkpoint
 
     def _refuse_other_settings(self, config: Config) -> None:
-        before, now = _flat(yaml.safe_load((self.path / "config.yaml").read_text())), _flat(to_tree(config))
+        before, now = _flat(yaml.safe_load(self.config.read_text())), _flat(to_tree(config))
         for key in sorted(set(before) | set(now)):
-            if not key.startswith(FREE_SETTINGS) and before.get(key) != now.get(key):
+            free = key.startswith(FREE_SETTINGS) and key not in BOUND_SETTINGS
+            if not free and before.get(key) != now.get(key):
                 raise UserError(
                     f"{self.path}: the run began with {key}={before.get(key)}, now it is {now.get(key)}; "
                     "set it back, or choose another folder with run=OTHER"
                 )
+
+    def _refuse_other_data(self, config: Config, checksum: str) -> None:
+        split = config.data.train_split
+        before = self._read_facts().get("data", {}).get(split, checksum)
+        if before != checksum:
+            raise UserError(
+                f"{config.data.path}/{split} holds other data than the run in {self.path} began with "
+                f"(checksum {checksum[:12]}, it was {before[:12]}); name those, or another folder with run=OTHER"
+            )
+
+    @property
+    def finished(self) -> bool:
+        return self.model.is_dir() and self._read_facts().get("finished") is True
 
     def newest(self) -> Path | None:
         found = sorted(self.checkpoints.glob("step-*.ckpt"))
@@ -76,13 +96,14 @@ class RunFolder:
 
     def write_facts(self, **facts: Any) -> None:
         """run.json: versions, seed, data checksums, and what is added later."""
-        file = self.path / "run.json"
-        old = json.loads(file.read_text()) if file.is_file() else {}
-        write_atomically(file, json.dumps({**old, "versions": versions(), **facts}, indent=2))
+        write_atomically(self.facts, json.dumps({**self._read_facts(), "versions": versions(), **facts}, indent=2))
+
+    def _read_facts(self) -> dict[str, Any]:
+        return json.loads(self.facts.read_text()) if self.facts.is_file() else {}
 
     def save_checkpoint(self, trainer: Any, run_step: int, keep: int) -> Path:
         """Whole or not at all: written beside its place, then renamed; only then are older ones removed."""
-        place = self.checkpoints / f"step-{run_step:08d}.ckpt"
+        place = self.checkpoints / _checkpoint_name(run_step)
         unfinished = place.with_suffix(".unfinished")
         trainer.save_checkpoint(unfinished)
         if trainer.is_global_zero:
@@ -91,12 +112,15 @@ class RunFolder:
                 old.unlink()
         return place
 
-    def forget_log_after(self, run_step: int) -> None:
-        """Lines of steps that a resumed run will do again."""
-        if not self.log.is_file():
-            return
-        lines = [line for line in self.log.read_text().splitlines(keepends=True) if _step_of(line) <= run_step]
-        write_atomically(self.log, "".join(lines))
+    def forget_after(self, run_step: int) -> None:
+        """What the run will do again from here: lines and checkpoints of later steps, and files left half written."""
+        for file in (self.log, self.samples):
+            if file.is_file():
+                lines = [line for line in file.read_text().splitlines() if _step_of(line) <= run_step]
+                write_atomically(file, "".join(f"{line}\n" for line in lines))
+        later = [c for c in self.checkpoints.glob("step-*.ckpt") if c.name > _checkpoint_name(run_step)]
+        for file in [*later, *self.checkpoints.glob("*.unfinished")]:
+            file.unlink()
 
 
 def read_state(checkpoint: Path) -> tuple[RunState, dict[str, Any]]:
@@ -104,7 +128,7 @@ def read_state(checkpoint: Path) -> tuple[RunState, dict[str, Any]]:
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         return RunState(**content["run_state"]), content
-    except (RuntimeError, KeyError, TypeError, EOFError, OSError) as e:
+    except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as e:
         raise UserError(f"{checkpoint}: not a checkpoint of mmgem ({' '.join(str(e).split())[:150]})") from e
 
 
@@ -118,15 +142,24 @@ def versions() -> dict[str, str]:
     import transformers
 
     return {
-        "mmgem": __version__, "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
-        "torchvision": torchvision.__version__, "lightning": lightning.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
+        "mmgem": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "lightning": lightning.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def write_atomically(file: Path, text: str) -> None:
     unfinished = file.with_name(f".{file.name}.unfinished")
     unfinished.write_text(text)
     os.replace(unfinished, file)
+
+
+def _checkpoint_name(run_step: int) -> str:
+    return f"step-{run_step:08d}.ckpt"
 
 
 def _step_of(line: str) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmgem.config import DataConfig
-from mmgem.data.datamodule import cached_view
+from mmgem.data.datamodule import cached_view, leave_signals_to_parent
 from mmgem.data.samples import SampleError, decode_image
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
@@ -27,7 +27,8 @@ from mmgem.model.vision import VisionTower
 from mmgem.progress import Progress
 from mmgem.training.checkpoint import write_atomically
 
-BATCH = 16
+BATCH = 8
+"""Pictures at once: activations this small stay in the CPU's reach, and their memory is used again."""
 
 
 class FeatureCache:
@@ -45,9 +46,10 @@ class FeatureCache:
         reason = self.meta["broken"].get(str(index))
         if reason is not None:
             raise SampleError(reason[0], reason[1])
-        if self._array is None:
-            self._array = np.load(self.folder / "features.npy", mmap_mode="r")
-        return torch.from_numpy(self._array[index, number].astype(np.float32))
+        array = self._array
+        if array is None:
+            array = self._array = np.load(self.folder / "features.npy", mmap_mode="r")
+        return torch.from_numpy(array[index, number].astype(np.float32))
 
 
 class _Views(Dataset):
@@ -69,8 +71,7 @@ class _Views(Dataset):
             image = decode_image(sample)
         except SampleError as e:
             return index, (e.key, e.reason)
-        size = sample.width, sample.height
-        views = [cached_view(self.data, self.preprocess, self.seed, index, v, *size) for v in range(self.views)]
+        views = [cached_view(self.data, self.preprocess, self.seed, index, v, *image.size) for v in range(self.views)]
         return index, torch.stack([view.picture(image, self.preprocess) for view in views])
 
 
@@ -82,9 +83,10 @@ def feature_cache(
     views: int,
     root: Path,
     device: torch.device,
+    bf16: bool = False,
 ) -> FeatureCache:
-    """Finds the cache under `root`, or makes it."""
-    folder = root / _fingerprint(tower, dataset, data, seed, views)
+    """Finds the cache under `root`, or makes it (in bf16 autocast if asked; kept as fp16 either way)."""
+    folder = root / _fingerprint(tower, dataset, data, seed, views, bf16)
     meta_file = folder / "meta.json"
     meta = json.loads(meta_file.read_text()) if meta_file.is_file() else {"done": 0, "broken": {}}
     if meta["done"] < len(dataset):
@@ -95,12 +97,15 @@ def feature_cache(
             meta,
             folder,
             device,
+            bf16,
         )
     return FeatureCache(folder)
 
 
 @torch.no_grad()
-def _build(tower: VisionTower, source: _Views, meta: dict[str, Any], folder: Path, device: torch.device) -> None:
+def _build(
+    tower: VisionTower, source: _Views, meta: dict[str, Any], folder: Path, device: torch.device, bf16: bool
+) -> None:
     size, total = tower.config.image_size, len(source.dataset)
     probe = tower.trunk(torch.zeros(1, 3, size, size, device=device))
     file, shape = folder / "features.npy", (total, source.views, *probe.shape[1:])
@@ -113,16 +118,21 @@ def _build(tower: VisionTower, source: _Views, meta: dict[str, Any], folder: Pat
         meta["done"], source.first = 0, 0
         if shutil.disk_usage(folder).free < 1.05 * needed:
             raise UserError(
-                f"{folder}: cached_views={source.views} needs {needed / 1e9:.1f} GB of disk; lower it or free some space"
+                f"{folder}: cached_views={source.views} needs {needed / 1e9:.1f} GB of disk; lower it or free space"
             )
         array = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
-    loader = DataLoader(source, batch_size=BATCH, collate_fn=list, num_workers=source.data.workers)
+    workers = source.data.workers
+    loader = DataLoader(
+        source, batch_size=BATCH, collate_fn=list, num_workers=workers, worker_init_fn=leave_signals_to_parent
+    )
     with Progress(f"caching {source.views} views ({needed / 1e9:.1f} GB)", total, "pictures", meta["done"]) as progress:
         for number, items in enumerate(loader):
             good = [(i, views) for i, views in items if isinstance(views, Tensor)]
             meta["broken"] |= {str(i): why for i, why in items if not isinstance(why, Tensor)}
             if good:
-                hidden = tower.trunk(torch.cat([v for _, v in good]).to(device)).to(torch.float16).cpu().numpy()
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    parts = [tower.trunk(p.to(device)) for p in torch.cat([v for _, v in good]).split(BATCH)]
+                hidden = torch.cat(parts).to(torch.float16).cpu().numpy()
                 for place, (index, _) in enumerate(good):
                     array[index] = hidden[place * source.views : (place + 1) * source.views]
             meta["done"] = items[-1][0] + 1
@@ -132,7 +142,9 @@ def _build(tower: VisionTower, source: _Views, meta: dict[str, Any], folder: Pat
                 write_atomically(folder / "meta.json", json.dumps(meta))
 
 
-def _fingerprint(tower: VisionTower, dataset: ShardedDataset, data: DataConfig, seed: int, views: int) -> str:
+def _fingerprint(
+    tower: VisionTower, dataset: ShardedDataset, data: DataConfig, seed: int, views: int, bf16: bool
+) -> str:
     digest = hashlib.sha256()
     frozen = tower.frozen_parameters() or list(tower.parameters())
     for parameter in frozen:
@@ -146,6 +158,7 @@ def _fingerprint(tower: VisionTower, dataset: ShardedDataset, data: DataConfig, 
         data.color_jitter,
         seed,
         views,
+        bf16,
     ]
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:16]

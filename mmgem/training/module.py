@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmgem.config import StageConfig
 from mmgem.data.batch import Batch
@@ -31,18 +31,22 @@ class StageModule(L.LightningModule):
         self.model = model
         self.stage, self.stage_number, self.steps, self.seed = stage, stage_number, steps, seed
         self.from_trunk = from_trunk
+        self.lr_factor = schedule(stage, steps)
         self.last: dict[str, float] = {}
         """The latest step's figures, for the log."""
         freeze(model.parts(), stage, {id(p) for p in model.vision.frozen_parameters()})
         model.vision.set_patch_dropout(stage.patch_dropout)
+        self.train()  # Lightning leaves the modes as they are
 
     def train(self, mode: bool = True) -> StageModule:
-        """Frozen parts stay in evaluation: no dropout, no moving statistics."""
+        """Frozen parts, and a trunk before `train_from`, stay in evaluation: no dropout, no moving statistics."""
         super().train(mode)
-        frozen: dict[str, nn.Module] = {"vision": self.model.vision, "llm": self.model.language}
-        for part in self.stage.freeze:
-            if part in frozen:
-                frozen[part].eval()
+        for module in self.model.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+                # transformers recomputes activations in training only, and a gradient may pass through a frozen LLM.
+                module.training = mode and getattr(module, "gradient_checkpointing", False)
         return self
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -61,7 +65,8 @@ class StageModule(L.LightningModule):
             figures = ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items())
             raise UserError(
                 f"stage {self.stage.name}, step {batch_idx}: the loss is not finite ({figures}); samples of the batch: "
-                f"{', '.join(batch.keys[:8])}{' …' if len(batch.keys) > 8 else ''}; lower the learning rate or clip_grad, or look at them"
+                f"{', '.join(batch.keys[:8])}{' …' if len(batch.keys) > 8 else ''}; "
+                "lower the learning rate or clip_grad, or look at them"
             )
         self.last = {"loss": loss.item(), **{f"loss_{k}": v.item() for k, v in losses.items()}}
         self.last["logit_scale"] = math.exp(self.model.logit_scale.item())
@@ -72,7 +77,7 @@ class StageModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.model.parts(), self.stage)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(self.stage, self.steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

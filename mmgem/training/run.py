@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -20,19 +22,21 @@ import lightning as L
 import torch
 
 from mmgem.config import Config, StageConfig
-from mmgem.data.datamodule import StageData, open_split, stage_steps
+from mmgem.data.datamodule import StageData, open_split, refuse_missing_regions, stage_steps
 from mmgem.data.samples import SampleError, decode_image
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
 from mmgem.model import MMGem
 from mmgem.model.pretrained import load_weights, model_folder
+from mmgem.progress import track
 from mmgem.text import load_tokenizer, train_tokenizer
-from mmgem.training.callbacks import BrokenSamples, CaptionSamples, Checkpoints, StepLog
+from mmgem.training.callbacks import BrokenSamples, CaptionSamples, Checkpoints, StepLog, Stopped, stop_at_once
 from mmgem.training.checkpoint import RunFolder, RunState, read_state
 from mmgem.training.features import feature_cache
 from mmgem.training.module import StageModule
 
 SAMPLE_PICTURES = 4
+STANDARD_PICTURES = 512
 
 
 def train(config: Config, resume: str = "never") -> int:
@@ -42,47 +46,81 @@ def train(config: Config, resume: str = "never") -> int:
     _quieten()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    dataset = open_split(config.data.path, config.data.train_split)
     folder = RunFolder(config.run)
-    checkpoint = folder.begin(config, resume)
-    state, content = read_state(checkpoint) if checkpoint else (RunState(), None)
-    L.seed_everything(config.seed, verbose=False)
-    fresh = checkpoint is None and config.init_from is None
-    model = MMGem(config.model, make_tokenizer(config, dataset, folder), load_weights=fresh)
-    if checkpoint is None and config.init_from is not None:
-        load_weights(model, model_folder(Path(config.init_from)))
-    model.language.refuse_leaks()
-    if content is not None:
-        model.load_state_dict({k.removeprefix("model."): v for k, v in content["state_dict"].items()})
-    folder.write_facts(
-        seed=config.seed, data={config.data.train_split: dataset.checksum}, parameters=count_parameters(model)
-    )
+    handlers = {s: signal.signal(s, stop_at_once) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stopped_by = _train(config, resume, folder)
+    except Stopped as e:
+        stopped_by = e.number
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if not stopped_by:
+        return 0
+    file = shlex.quote(str(folder.config))
+    print(f"stopped; to go on: mmgem train --config {file} --resume auto", file=sys.stderr)
+    return 128 + stopped_by
+
+
+def _train(config: Config, resume: str, folder: RunFolder) -> int | None:
+    """The stages in order. Gives the signal that stopped them, if one did."""
+    dataset = open_split(config.data.path, config.data.train_split)
+    for stage in config.stages:
+        refuse_missing_regions(dataset, stage)
+    choose_device(config)
+    checkpoint = folder.begin(config, resume, dataset.checksum)
+    if resume == "auto" and folder.finished:
+        print(f"{folder.path}: this run is finished; its model: {folder.model}", file=sys.stderr)
+        return None
+    model, state = _build(config, dataset, folder, checkpoint)
+    steps = [stage_steps(stage, len(dataset)) for stage in config.stages]
+    folder.forget_after(sum(steps[: state.stage]) + state.samples // config.stages[state.stage].global_batch)
+    checksums = {config.data.train_split: dataset.checksum}
+    folder.write_facts(seed=config.seed, data=checksums, parameters=count_parameters(model), finished=False)
     _announce(config, dataset, model, state, checkpoint is not None)
 
-    steps_before = 0
     for number, stage in enumerate(config.stages):
-        steps = stage_steps(stage, len(dataset))
-        finished = number < state.stage or (number == state.stage and state.samples >= steps * stage.global_batch)
-        if number == state.stage and content is not None:
-            folder.forget_log_after(steps_before + state.samples // stage.global_batch)
-        if not finished:
-            going_on = number == state.stage and state.samples > 0
-            stopped_by = _run_stage(
-                config, stage, number, steps_before, model, dataset, folder, str(checkpoint) if going_on else None
-            )
+        if number < state.stage:
+            continue
+        begun = state.samples if number == state.stage else 0
+        if begun < steps[number] * stage.global_batch:
+            resumed = str(checkpoint) if begun else None
+            stopped_by = _run_stage(config, stage, number, sum(steps[:number]), model, dataset, folder, resumed)
             if stopped_by:
-                print(
-                    f"stopped; to go on: mmgem train --config {folder.path}/config.yaml --resume auto", file=sys.stderr
-                )
-                return 128 + stopped_by
-        if not (folder.stages / stage.name / "config.json").is_file() or not finished:
-            model.save_pretrained(folder.stages / stage.name)
-        steps_before += steps
+                return stopped_by
+        model.save_pretrained(folder.stages / stage.name)
     model.save_pretrained(folder.model)
     folder.write_facts(finished=True)
     shutil.rmtree(folder.path / "cache", ignore_errors=True)
-    print(f"finished: {folder.path}/model", file=sys.stderr)
-    return 0
+    print(f"finished: {folder.model}", file=sys.stderr)
+    return None
+
+
+def _build(
+    config: Config, dataset: ShardedDataset, folder: RunFolder, checkpoint: Path | None
+) -> tuple[MMGem, RunState]:
+    """The model as it is before the first step to do: new, from `init_from`, or from the checkpoint."""
+    state, content = read_state(checkpoint) if checkpoint else (RunState(), None)
+    L.seed_everything(config.seed, verbose=False)
+    fresh = checkpoint is None and config.init_from is None
+    tokenizer = make_tokenizer(config, dataset, folder, fresh=checkpoint is None)
+    model = MMGem(config.model, tokenizer, load_weights=fresh)
+    if checkpoint is None and config.init_from is not None:
+        load_weights(model, model_folder(Path(config.init_from)))
+    model.language.refuse_leaks()
+    if fresh and config.model.vision.standardise:
+        measure_standard(model, dataset, choose_device(config))
+    if content is not None:
+        try:
+            model.load_state_dict({k.removeprefix("model."): v for k, v in content["state_dict"].items()})
+        except RuntimeError as e:
+            why = " ".join(str(e).split())[:250]
+            raise UserError(f"{checkpoint}: does not fit the model that the config describes ({why})") from e
+        if state.stage >= len(config.stages):
+            raise UserError(f"{checkpoint}: is of stage {state.stage + 1}, the config has {len(config.stages)}")
+    model.vision.set_patch_dropout(max(stage.patch_dropout for stage in config.stages))  # refused now or never
+    model.vision.set_patch_dropout(0)
+    return model, state
 
 
 def _run_stage(
@@ -98,9 +136,10 @@ def _run_stage(
     """Trains one stage. Gives the signal that stopped it, if one did."""
     cache = None
     if stage.cached_views:
-        root = folder.path / "cache"
+        root = Path(config.data.cache) if config.data.cache else folder.path / "cache"
+        device, bf16 = choose_device(config), config.training.precision == "bf16"
         cache = feature_cache(
-            model.vision, dataset, config.data, config.seed, stage.cached_views, root, choose_device(config)
+            model.vision, dataset, config.data, config.seed, stage.cached_views, root, device, bf16
         )
     data = StageData(dataset, model.codec, model.preprocess, config.data, stage, config.seed, cache)
     module = StageModule(model, stage, number, data.steps, config.seed, from_trunk=cache is not None)
@@ -129,14 +168,14 @@ def _run_stage(
     return checkpoints.signal
 
 
-def make_tokenizer(config: Config, dataset: ShardedDataset, folder: RunFolder) -> Any:
+def make_tokenizer(config: Config, dataset: ShardedDataset, folder: RunFolder, fresh: bool) -> Any:
     """The configured tokenizer, or the LLM's, or one trained on the training texts (kept in the run's folder)."""
     if config.init_from is not None:
         return load_tokenizer(model_folder(Path(config.init_from)))
     source = config.model.tokenizer.path or config.model.llm.name
     if source:
         return load_tokenizer(source)
-    if not folder.tokenizer.is_dir():
+    if fresh or not folder.tokenizer.is_dir():
         settings = config.model.tokenizer
         tokenizer = train_tokenizer(dataset.iter_texts(), settings.vocab_size, settings.lowercase)
         tokenizer.save_pretrained(folder.tokenizer)
@@ -158,6 +197,21 @@ def sample_pictures(config: Config, train_set: ShardedDataset) -> list[Any]:
         if len(pictures) == SAMPLE_PICTURES:
             break
     return pictures
+
+
+@torch.no_grad()
+def measure_standard(model: MMGem, dataset: ShardedDataset, device: torch.device) -> None:
+    """Runs the tower over pictures spread evenly over the training split and sets the map's standardisation."""
+    model.to(device).eval()
+    pooled: list[torch.Tensor] = []
+    step = max(1, len(dataset) // STANDARD_PICTURES)
+    for index in track(range(0, len(dataset), step), "measuring the map's channels", unit="pictures"):
+        try:
+            picture = model.preprocess(decode_image(dataset.sample(index)))
+        except SampleError:
+            continue
+        pooled.append(model.aggregator.image(model.vision(picture[None].to(device))).float())
+    model.set_standard(torch.cat(pooled))
 
 
 def choose_device(config: Config) -> torch.device:
@@ -203,5 +257,8 @@ def _loggers(config: Config, folder: RunFolder) -> Iterator[Any]:
 def _quieten() -> None:
     """Lightning's greetings and hints that do not concern a user of mmgem."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*`isinstance.treespec, LeafSpec.` is deprecated.*", ".*srun.*"):
-        warnings.filterwarnings("ignore", text)
+    hints = ("does not have many workers", "`isinstance.treespec, LeafSpec.` is deprecated", "srun")
+    hints += ("your dataloader is not resumable",)  # ours is: see StageSampler
+    hints += ("smaller than the logging interval", r"module\(s\) in eval mode at the start")
+    for hint in hints:
+        warnings.filterwarnings("ignore", f".*{hint}.*")

@@ -75,8 +75,7 @@ def main() -> None:
     golden = {
         "made_by": "python tests/golden/make_caption_scores.py (pycocoevalcap 1.2, OpenJDK 17)",
         "items": [{"candidate": c, "references": r} for c, r in ITEMS],
-        "scores": {f"BLEU@{n + 1}": b for n, b in enumerate(bleu)}
-        | {"ROUGE_L": float(rouge), "CIDEr": float(cider)},
+        "scores": {f"BLEU@{n + 1}": b for n, b in enumerate(bleu)} | {"ROUGE_L": float(rouge), "CIDEr": float(cider)},
         "rouge": [float(x) for x in rouges],
         "cider": [float(x) for x in ciders],
         "tokens": dict(zip(SENTENCES, [s.split() for s in ptb(SENTENCES)], strict=True)),

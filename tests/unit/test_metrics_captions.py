@@ -9,9 +9,7 @@ import pytest
 
 from mmgem.evaluation.metrics.captions import bleu_counts, caption_scores, cider, rouge_l, tokenize
 
-GOLDEN = json.loads(
-    (Path(__file__).parents[1] / "golden" / "caption_scores.json").read_text(encoding="utf-8")
-)
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "caption_scores.json").read_text(encoding="utf-8"))
 
 
 def golden_scores(samples: int = 50):

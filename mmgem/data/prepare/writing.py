@@ -35,8 +35,6 @@ from mmgem.errors import UserError
 from mmgem.progress import Progress
 
 MAX_BROKEN = 0.05
-SIZE_MISMATCH = "size differs from record"
-
 NO_FILE = "image file missing"
 
 T = TypeVar("T")
@@ -261,11 +259,7 @@ def _sample_of(record: Record, dropped: Counter[str]) -> Sample:
         raise SampleError(record.key, NO_FILE, f"{error.filename}: {error.strerror}") from error
     sample = parse_sample(record.key, data, record.meta, dropped)
     image = decode_image(sample)
-    if (sample.width, sample.height) != image.size:
-        if sample.regions:  # their boxes would be of another picture
-            sizes = f"{sample.width}x{sample.height}, picture {image.width}x{image.height}"
-            raise SampleError(record.key, SIZE_MISMATCH, f"record {sizes}")
-        sample = replace(sample, width=image.width, height=image.height)
+    sample = replace(sample, width=image.width, height=image.height)  # equal, where there are boxes
     if image_extension(data) is None:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")

@@ -59,9 +59,7 @@ def caption_scores(
     counts_NS = np.array([bleu_counts(c, rs) for c, rs in zip(cands, refs, strict=True)])
     rouge_N = np.array([rouge_l(c, rs) for c, rs in zip(cands, refs, strict=True)])
     cider_N = cider(cands, refs)
-    sums_NS = np.concatenate(
-        [counts_NS, rouge_N[:, None], cider_N[:, None], np.ones((len(cands), 1))], axis=1
-    )
+    sums_NS = np.concatenate([counts_NS, rouge_N[:, None], cider_N[:, None], np.ones((len(cands), 1))], axis=1)
     names = [f"BLEU@{n}" for n in range(1, _N + 1)] + ["ROUGE_L", "CIDEr"]
     values = _figures(sums_NS.sum(axis=0, keepdims=True))[0]
     scores = Scores({n: float(v) for n, v in zip(names, values, strict=True)})
@@ -79,9 +77,7 @@ def _figures(sums_CS: Floats) -> Floats:
 
 def ngrams(tokens: Tokens) -> Counter[Ngram]:
     """Counts of all n-grams of 1 to 4 tokens."""
-    return Counter(
-        tuple(tokens[i : i + n]) for n in range(1, _N + 1) for i in range(len(tokens) - n + 1)
-    )
+    return Counter(tuple(tokens[i : i + n]) for n in range(1, _N + 1) for i in range(len(tokens) - n + 1))
 
 
 def bleu_counts(candidate: Tokens, references: Sequence[Tokens]) -> list[int]:
@@ -174,11 +170,7 @@ def _cider_similarity(written: _Weighted, reference: _Weighted) -> float:
     total = 0.0
     for n in range(_N):
         theirs = reference.weights[n]
-        value = sum(
-            min(w, theirs[gram]) * theirs[gram]
-            for gram, w in written.weights[n].items()
-            if gram in theirs
-        )
+        value = sum(min(w, theirs[gram]) * theirs[gram] for gram, w in written.weights[n].items() if gram in theirs)
         norm = written.norms[n] * reference.norms[n]
         total += value / norm if norm else value
     return total * math.exp(-((written.length - reference.length) ** 2) / (2 * _CIDER_SIGMA**2))

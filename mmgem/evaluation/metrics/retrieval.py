@@ -100,8 +100,8 @@ def best_ranks(
     gallery_GE: Tensor,
     positives: Positives,
     *,
-    query_tile: int = 1024,
-    gallery_tile: int = 8192,
+    query_tile: int = 512,
+    gallery_tile: int = 32768,
     tie: float = TIE,
 ) -> Tensor:
     """[Q] int64: how many wrong gallery rows stand before the best right one (0 is a hit at 1).
@@ -167,9 +167,7 @@ def _block_ranks(
 
 
 @torch.no_grad()
-def top_k(
-    query_QE: Tensor, gallery_GE: Tensor, k: int, *, gallery_tile: int = 8192
-) -> tuple[Tensor, Tensor]:
+def top_k(query_QE: Tensor, gallery_GE: Tensor, k: int, *, gallery_tile: int = 8192) -> tuple[Tensor, Tensor]:
     """The k nearest gallery rows of a few queries: cosines [Q, k] and rows [Q, k], best first."""
     query_QE, gallery_GE = unit_vectors(query_QE), unit_vectors(gallery_GE)
     k = min(k, len(gallery_GE))

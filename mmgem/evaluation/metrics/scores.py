@@ -86,19 +86,13 @@ def bootstrap_stderr(
     return np.concatenate(rows).std(axis=0, ddof=1)
 
 
-def mean_stderr(
-    values_NK: Floats, *, groups: Ints | None = None, samples: int = 1000, seed: int = 0
-) -> Floats:
+def mean_stderr(values_NK: Floats, *, groups: Ints | None = None, samples: int = 1000, seed: int = 0) -> Floats:
     """Standard errors [K] of the means of K quantities over N items."""
     sums = np.concatenate([values_NK, np.ones((len(values_NK), 1))], axis=1)
-    return bootstrap_stderr(
-        sums, lambda s: s[:, :-1] / s[:, -1:], groups=groups, samples=samples, seed=seed
-    )
+    return bootstrap_stderr(sums, lambda s: s[:, :-1] / s[:, -1:], groups=groups, samples=samples, seed=seed)
 
 
-def median_stderr(
-    values_N: Floats, *, groups: Ints | None = None, samples: int = 1000, seed: int = 0
-) -> float:
+def median_stderr(values_N: Floats, *, groups: Ints | None = None, samples: int = 1000, seed: int = 0) -> float:
     """Standard error of the median of N values."""
     unit_N = units_of(groups, len(values_N))
     units = int(unit_N.max()) + 1 if len(unit_N) else 0

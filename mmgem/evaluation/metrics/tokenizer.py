@@ -11,8 +11,7 @@ import re
 # coco-caption's own list. Its bracket names are upper case while its tokens are lower case, so
 # brackets stay in ("-lrb-"): kept, because published figures have it so.
 PUNCTUATION = frozenset(
-    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"]
-    + [".", "?", "!", ",", ":", "-", "--", "...", ";"]
+    ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-"] + [".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
 
 _ABBREVIATIONS = (

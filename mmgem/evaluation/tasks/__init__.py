@@ -32,8 +32,6 @@ TASKS: dict[str, Task] = {
         Task(retrieval.NAME, retrieval.run, retrieval.VERSION, texts=True),
         Task(captioning.NAME, captioning.run, captioning.VERSION),
         Task(region_retrieval.NAME, region_retrieval.run, region_retrieval.VERSION, regions=True),
-        Task(
-            region_captioning.NAME, region_captioning.run, region_captioning.VERSION, regions=True
-        ),
+        Task(region_captioning.NAME, region_captioning.run, region_captioning.VERSION, regions=True),
     )
 }

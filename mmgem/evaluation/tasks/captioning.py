@@ -36,8 +36,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         encoded.image_vectors_NE[asked],
         progress=options.progress,
         title="captions",
-        num_beams=options.num_beams,
-        max_new_tokens=options.max_new_tokens,
+        **options.writing,
     )
     found = caption_scores(written, references, samples=options.samples, seed=options.seed)
     scores = found.scores
@@ -49,8 +48,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         VERSION,
         captions=sum(map(len, references)),
         captions_an_image=[min(map(len, references)), max(map(len, references))],
-        num_beams=options.num_beams,
-        max_new_tokens=options.max_new_tokens,
+        **options.writing,
         chance="the first caption of another image",
     )
     drawn = draw(len(asked), options.drawn, options.seed)
@@ -58,11 +56,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     examples: list[Example] = []
     for n, i in enumerate(drawn + bad):
         kind: Kind = "drawn" if n < len(drawn) else "worst"
-        examples.append(
-            CaptionExample(
-                kind, asked[i], written[i], tuple(references[i]), float(found.cider_N[i])
-            )
-        )
+        examples.append(CaptionExample(kind, asked[i], written[i], tuple(references[i]), float(found.cider_N[i])))
     return TaskResult.of(NAME, stated, scores, examples)
 
 

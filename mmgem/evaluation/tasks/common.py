@@ -29,6 +29,7 @@ class TaskOptions:
     data: str = ""
     num_beams: int = 1
     max_new_tokens: int = 30
+    length_penalty: float = 1.0
     baseline: Literal["none", "crop"] = "none"
     same_text: bool = False
     samples: int = 1000
@@ -36,6 +37,15 @@ class TaskOptions:
     drawn: int = 6
     worst: int = 3
     progress: bool = True
+
+    @property
+    def writing(self) -> dict[str, Any]:
+        """How captions are written, for `MMGem.write` and for the protocol. Beams of 1: greedy."""
+        return {
+            "num_beams": self.num_beams,
+            "max_new_tokens": self.max_new_tokens,
+            "length_penalty": self.length_penalty,
+        }
 
 
 def protocol(

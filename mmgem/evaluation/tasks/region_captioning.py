@@ -58,13 +58,10 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         encoded.region_vectors_RE[table.rows],
         progress=options.progress,
         title="region captions",
-        num_beams=options.num_beams,
-        max_new_tokens=options.max_new_tokens,
+        **options.writing,
     )
     groups = table.image.numpy()
-    found = caption_scores(
-        written, table.phrases, groups=groups, samples=options.samples, seed=options.seed
-    )
+    found = caption_scores(written, table.phrases, groups=groups, samples=options.samples, seed=options.seed)
     scores = found.scores
     scores.chance = chance_scores(table.phrases, options.seed)
     scores = scores.prefixed("region_")
@@ -82,8 +79,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         regions=len(encoded.region_boxes),
         boxes=len(table.boxes),
         boxes_with_colour_and_shape=len(coloured.boxes) if coloured else 0,
-        num_beams=options.num_beams,
-        max_new_tokens=options.max_new_tokens,
+        **options.writing,
         chance="the first phrase of another box",
     )
     examples = _examples(written, table, coloured, found.cider_N, options)
@@ -92,9 +88,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
 
 def _figures(share: _Share, groups: np.ndarray, options: TaskOptions) -> Scores:
     values = np.array(share.right, dtype=np.float64)[:, None]
-    error = mean_stderr(
-        values, groups=groups[share.boxes], samples=options.samples, seed=options.seed
-    )
+    error = mean_stderr(values, groups=groups[share.boxes], samples=options.samples, seed=options.seed)
     name = share.name
     chance = float(np.mean(share.chances))
     return Scores({name: float(values.mean())}, {name: float(error[0])}, {name: chance})
@@ -130,10 +124,7 @@ def _share(name: str, boxes: list[int], given: list, allowed: list[set], first: 
     """Chance: of all other boxes' first phrases, how many would be right here."""
     pool = Counter(first)
     others = max(len(boxes) - 1, 1)
-    chances = [
-        (sum(pool[a] for a in here) - (own in here)) / others
-        for here, own in zip(allowed, first, strict=True)
-    ]
+    chances = [(sum(pool[a] for a in here) - (own in here)) / others for here, own in zip(allowed, first, strict=True)]
     right = [g in here for g, here in zip(given, allowed, strict=True)]
     return _Share(name, boxes, right, chances, allowed)
 
@@ -160,17 +151,12 @@ def _examples(
     options: TaskOptions,
 ) -> list[Example]:
     """Some images with their boxes: drawn by lot, and those that went worst."""
-    verdicts: dict[int, bool] = (
-        dict(zip(coloured.boxes, coloured.right, strict=True)) if coloured else {}
-    )
+    verdicts: dict[int, bool] = dict(zip(coloured.boxes, coloured.right, strict=True)) if coloured else {}
     of_image: dict[int, list[int]] = {}
     for b, image in enumerate(table.image.tolist()):
         of_image.setdefault(image, []).append(b)
     images = list(of_image)
-    badness = [
-        np.mean([not verdicts[b] if b in verdicts else -cider_B[b] for b in of_image[i]])
-        for i in images
-    ]
+    badness = [np.mean([not verdicts[b] if b in verdicts else -cider_B[b] for b in of_image[i]]) for i in images]
     drawn = draw(len(images), options.drawn, options.seed)
     out: list[Example] = []
     for n, k in enumerate(drawn + worst(np.array(badness), options.worst, drawn)):

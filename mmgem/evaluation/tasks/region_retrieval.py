@@ -41,14 +41,10 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     to_text = table.box_to_phrase
     to_box = to_text.reversed()
     phrases_QE = encoded.phrase_vectors_PE[table.spoken]
-    scores, ranks_Q = _both_ways(
-        encoded.region_vectors_RE[table.rows], phrases_QE, to_text, to_box, table, options
-    )
+    scores, ranks_Q = _both_ways(encoded.region_vectors_RE[table.rows], phrases_QE, to_text, to_box, table, options)
     if options.baseline == "crop":
         if encoded.crop_vectors_RE is None:
-            raise UserError(
-                "the crop baseline needs the boxes' cut-outs; encode the data with crops=True"
-            )
+            raise UserError("the crop baseline needs the boxes' cut-outs; encode the data with crops=True")
         crops_BE = encoded.crop_vectors_RE[table.rows]
         of_crops, _ = _both_ways(crops_BE, phrases_QE, to_text, to_box, table, options)
         scores.update(of_crops.prefixed("crop_"))
@@ -78,9 +74,7 @@ def _both_ways(
 ) -> tuple[Scores, Tensor]:
     """The figures of both directions, and the ranks [Q] of text → region."""
     ranks_Q = best_ranks(phrases_QE, boxes_BE, to_box)
-    scores = recall_scores(
-        "region_image_retrieval", ranks_Q, to_box, samples=options.samples, seed=options.seed
-    )
+    scores = recall_scores("region_image_retrieval", ranks_Q, to_box, samples=options.samples, seed=options.seed)
     scores.update(
         recall_scores(
             "region_text_retrieval",
@@ -116,8 +110,7 @@ def _examples(
         near = unit_vectors(boxes_BE[right]) @ unit_vectors(phrases_QE[q : q + 1])[0]
         best = int(near.argmax())
         hits = tuple(
-            _hit(table, int(b), float(s), bool((right == b).any()))
-            for s, b in zip(values[n], rows[n], strict=True)
+            _hit(table, int(b), float(s), bool((right == b).any())) for s, b in zip(values[n], rows[n], strict=True)
         )
         kind: Kind = "drawn" if n < len(drawn) else "worst"
         wanted = _hit(table, int(right[best]), float(near[best]), True)

@@ -36,9 +36,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     to_image = text_to_image(encoded, options.same_text)
     to_text = to_image.reversed()
     asking = to_text.counts > 0
-    to_text = Positives(
-        torch.cat([to_text.starts[:1], to_text.starts[1:][asking]]), to_text.items, to_text.gallery
-    )
+    to_text = Positives(torch.cat([to_text.starts[:1], to_text.starts[1:][asking]]), to_text.items, to_text.gallery)
     images, texts = encoded.image_vectors_NE, encoded.text_vectors_ME
     scores = Scores()
     scores.update(
@@ -98,9 +96,7 @@ def _shared(encoded: Encoded) -> int:
     return sum(len(carriers[text]) > 1 for text in encoded.caption_texts)
 
 
-def _examples(
-    encoded: Encoded, to_image: Positives, ranks_M: torch.Tensor, options: TaskOptions
-) -> list[Example]:
+def _examples(encoded: Encoded, to_image: Positives, ranks_M: torch.Tensor, options: TaskOptions) -> list[Example]:
     """Some captions with their five best images: drawn by lot, and the worst."""
     ranks = ranks_M.numpy()
     drawn = draw(len(ranks), options.drawn, options.seed)
@@ -114,18 +110,11 @@ def _examples(
     out: list[Example] = []
     for n, m in enumerate(chosen):
         right = to_image.items[to_image.starts[m] : to_image.starts[m + 1]]
-        near = unit(encoded.image_vectors_NE[right], dim=1) @ unit(
-            encoded.text_vectors_ME[m], dim=0
-        )
+        near = unit(encoded.image_vectors_NE[right], dim=1) @ unit(encoded.text_vectors_ME[m], dim=0)
         wanted = int(right[near.argmax()])
         hits = tuple(
-            Hit(int(i), None, float(s), bool((right == i).any()))
-            for s, i in zip(values[n], rows[n], strict=True)
+            Hit(int(i), None, float(s), bool((right == i).any())) for s, i in zip(values[n], rows[n], strict=True)
         )
         kind: Kind = "drawn" if n < len(drawn) else "worst"
-        out.append(
-            SearchExample(
-                kind, texts[m], int(ranks[m]) + 1, hits, Hit(wanted, None, float(near.max()), True)
-            )
-        )
+        out.append(SearchExample(kind, texts[m], int(ranks[m]) + 1, hits, Hit(wanted, None, float(near.max()), True)))
     return out
