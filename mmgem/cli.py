@@ -7,6 +7,7 @@ the traceback), 128 + signal number when stopped. Imports lazily: help answers a
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import traceback
@@ -321,16 +322,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub.set_defaults(run=run)
     args = _parse(parser, sys.argv[1:] if argv is None else list(argv))
     try:
-        return args.run(args)
+        code = args.run(args)
     except UserError as e:
-        return _failed(e, args)
+        code = _failed(e, args)
     except OSError as e:
         if e.filename is None:
             raise
-        return _failed(e, args)
+        code = _failed(e, args)
     except KeyboardInterrupt:
         print("mmgem: stopped", file=sys.stderr)
-        return 130
+        code = 130
+    if code:
+        gc.collect()  # ends the workers of a data loader that the error's frames hold; torch would wait 5 s for each
+    return code
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:

@@ -48,9 +48,9 @@ class VisionConfig:
     """Null: what the library gives for this tower."""
     std: tuple[float, float, float] | None = None
     frozen_statistics: bool | None = None
-    """Batch norms keep their statistics in training (small batches would spoil them). Null: yes for pretrained towers."""
+    """Batch norms keep their statistics in training (small batches spoil them). Null: yes for pretrained towers."""
     standardise: bool = False
-    """Shift and scale the map's channels to mean 0, deviation 1 over the training pictures, measured once at the start."""
+    """Bring the map's channels to mean 0 and deviation 1 over the training pictures, measured once at the start."""
     gradient_checkpointing: bool = False
 
 
@@ -104,7 +104,7 @@ class DataConfig:
     max_broken: float = 0.01
     """The share of samples that may be broken before the run stops."""
     cache: str | None = None
-    """Where `cached_views` are kept, for other runs to use again; null: in the run's folder until the run is finished."""
+    """Where `cached_views` are kept, for other runs too; null: in the run's folder until the run is finished."""
     flip: float = 0.0
     """Chance of a mirrored picture; leave at 0 where texts speak of left and right."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
@@ -152,7 +152,8 @@ class StageConfig:
 @dataclass(config=_STRICT, kw_only=True)
 class TrainingConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["32", "bf16"] = "32"
+    precision: Literal["auto", "32", "bf16"] = "32"
+    """bf16: matrix products in bf16, weights in fp32. auto: bf16 where the machine computes it fast, else 32."""
     threads: int | None = None
     """CPU threads; null: torch's choice."""
     log_every: int = 10
@@ -325,6 +326,7 @@ def _check(config: Config, source: str) -> None:
         if condition:
             raise UserError(f"{source}: {message}")
 
+    refuse(config.seed < 0, "seed must be 0 or more")
     model, data = config.model, config.data
     refuse(not config.stages, "stages: at least one stage is needed")
     names = [s.name for s in config.stages]
@@ -337,6 +339,11 @@ def _check(config: Config, source: str) -> None:
     )
     for name in ("visual_dropout", "head_dropout", "token_dropout"):
         refuse(not 0 <= getattr(model, name) < 1, f"model.{name} must be at least 0 and below 1")
+    for name in ("embed_dim", "roi_size"):
+        refuse(getattr(model, name) < 1, f"model.{name} must be at least 1")
+    for name in ("max_broken", "flip", "color_jitter"):
+        refuse(not 0 <= getattr(data, name) <= 1, f"data.{name} must be a share, from 0 to 1")
+    refuse(data.workers < 0, "data.workers must be 0 or more")
     refuse(
         not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,
         "data.crop_scale must be two shares, 0 < low <= high <= 1",
@@ -357,21 +364,41 @@ def _check(config: Config, source: str) -> None:
         "model.llm needs a name (hub id or folder) or a config with model_type",
     )
     for number, stage in enumerate(config.stages):
-        at = f"stages.{number} ({stage.name})"
-        refuse((stage.samples is None) == (stage.epochs is None), f"{at}: give samples or epochs, one of the two")
-        refuse((stage.samples or stage.epochs or 1) <= 0, f"{at}: a stage's length must be above 0")
-        refuse(stage.global_batch < 2, f"{at}: global_batch must be at least 2, a contrastive loss needs negatives")
-        refuse(stage.captions_per_image < 1, f"{at}: captions_per_image must be at least 1")
-        refuse(stage.max_regions < 0, f"{at}: max_regions must be 0 or more")
-        unknown = sorted(set(stage.lr_scale) - set(PARTS))
-        refuse(bool(unknown), f"{at}: lr_scale: unknown part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
-        refuse(not 0 <= stage.patch_dropout < 1, f"{at}: patch_dropout must be at least 0 and below 1")
-        refuse(
-            stage.patch_dropout > 0 and stage.max_regions > 0,
-            f"{at}: patch_dropout leaves no full map for regions; set it to 0 or max_regions to 0",
-        )
-        refuse(
-            stage.cached_views > 0 and "vision" not in stage.freeze and vision.train_from is None,
-            f"{at}: cached_views needs a frozen tower: add vision to freeze, or set model.vision.train_from",
-        )
-        refuse(set(stage.freeze) == set(PARTS), f"{at}: everything is frozen, nothing would train")
+        _check_stage(stage, vision, f"{source}: stages.{number} ({stage.name})")
+
+
+def _check_stage(stage: StageConfig, vision: VisionConfig, at: str) -> None:
+    def refuse(condition: bool, message: str) -> None:
+        if condition:
+            raise UserError(f"{at}: {message}")
+
+    refuse((stage.samples is None) == (stage.epochs is None), "give samples or epochs, one of the two")
+    length = stage.samples if stage.samples is not None else stage.epochs
+    refuse(length is not None and length <= 0, "a stage's length must be above 0")
+    refuse(stage.global_batch < 2, "global_batch must be at least 2, a contrastive loss needs negatives")
+    refuse(stage.captions_per_image < 1, "captions_per_image must be at least 1")
+    refuse(stage.max_regions < 0, "max_regions must be 0 or more")
+    refuse(stage.lr <= 0, "lr must be above 0")
+    for name in ("warmup", "min_lr"):
+        refuse(not 0 <= getattr(stage, name) <= 1, f"{name} is a share, from 0 to 1")
+    unknown = sorted(set(stage.lr_scale) - set(PARTS))
+    refuse(bool(unknown), f"lr_scale: unknown part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
+    loss = stage.loss
+    used = (loss.emb, loss.gen, *((loss.region_emb, loss.region_gen) if stage.max_regions else ()))
+    refuse(min(used) < 0, "loss: a weight is below 0")
+    refuse(not any(used), "loss: all weights that count here are 0, nothing would train")
+    refuse(not 0 <= loss.label_smoothing < 1, "loss.label_smoothing must be at least 0 and below 1")
+    refuse(not 0 <= stage.patch_dropout < 1, "patch_dropout must be at least 0 and below 1")
+    refuse(
+        stage.patch_dropout > 0 and stage.max_regions > 0,
+        "patch_dropout leaves no full map for regions; set it to 0 or max_regions to 0",
+    )
+    refuse(
+        stage.patch_dropout > 0 and stage.cached_views > 0,
+        "patch_dropout does nothing to cached_views; set one of the two to 0",
+    )
+    refuse(
+        stage.cached_views > 0 and "vision" not in stage.freeze and vision.train_from is None,
+        "cached_views needs a frozen tower: add vision to freeze, or set model.vision.train_from",
+    )
+    refuse(set(stage.freeze) == set(PARTS), "everything is frozen, nothing would train")

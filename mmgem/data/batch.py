@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmgem.errors import UserError
+from mmgem.phrases import normalise_phrase
 from mmgem.text import PackedTexts, TextCodec, pack_texts
 
 
@@ -57,6 +58,7 @@ class Batch:
     entity_id_R: Tensor
     """Equal for boxes of one image that mean the same thing."""
     phrase_text_R: Tensor
+    """Equal for phrases that evaluation takes for the same, too (`normalise_phrase`)."""
     texts_cut: int
     broken: list[Broken]
 
@@ -105,7 +107,7 @@ class Collate:
             caption_owner_M=_long([image_ids[b] for b in caption_image]),
             caption_text_M=_long([stable_id("text", c) for c in captions]),
             entity_id_R=_long([stable_id("entity", item.key, e) for item in good for e in item.entities]),
-            phrase_text_R=_long([stable_id("text", p) for p in phrases]),
+            phrase_text_R=_long([stable_id("text", normalise_phrase(p)) for p in phrases]),
             texts_cut=sum(cut),
             broken=broken,
         )

@@ -98,9 +98,12 @@ def refuse_missing_regions(dataset: ShardedDataset, stage: StageConfig) -> None:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C and schedulers reach the workers too; they must live until the parent has finished its step and saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C and schedulers reach the workers too; they must live until the parent has finished its step and saved.
+
+    A second SIGTERM is obeyed: it is the parent's, when it leaves without having ended them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def cached_view(

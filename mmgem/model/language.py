@@ -32,6 +32,12 @@ class LanguageModel(nn.Module):
         table = self.hf.get_input_embeddings().weight
         std = 0.02 if table.is_meta else float(table.detach().float().std())
         self.added_2D = nn.Parameter(torch.randn(2, self.width) * std)
+        positions = getattr(self.hf.config, "max_position_embeddings", None)
+        if positions is not None and positions < codec.max_tokens + 3:
+            raise UserError(
+                f"model.max_tokens={codec.max_tokens} and its 3 special tokens do not fit the LLM's {positions} "
+                f"positions; set it to at most {positions - 3}"
+            )
 
     @property
     def backbone(self) -> nn.Module:
@@ -132,10 +138,11 @@ def packed_mask(segment_nL: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def create_llm(config: LlmConfig, codec: TextCodec, load_weights: bool = True) -> Any:
-    """The Hugging Face causal LM. A random one gets the tokenizer's rows and ids; a loaded one must have rows enough."""
-    vocab_size = codec.vocab_size
+    """The Hugging Face causal LM. A random one gets the tokenizer's rows and ids; a loaded one must have enough."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    vocab_size = codec.vocab_size
     if config.name and load_weights:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
@@ -144,7 +151,7 @@ def create_llm(config: LlmConfig, codec: TextCodec, load_weights: bool = True) -
             # What an LLM's authors suggest for chat (a repetition penalty, a top_k) is not meant for captions, and is
             # not kept with the model.
             model.generation_config = GenerationConfig()
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, StrictDataclassError) as e:
             raise UserError(f"model.llm.name={config.name}: cannot be loaded ({_reason(e, config)})") from e
         _refuse_contradictions(config, model.config.to_dict())
         if model.get_input_embeddings().num_embeddings < vocab_size:
@@ -158,11 +165,11 @@ def create_llm(config: LlmConfig, codec: TextCodec, load_weights: bool = True) -
         if model_type is None:
             raise UserError("model.llm.config: model_type is missing, e.g. llama")
         settings["vocab_size"] = max(vocab_size, settings.get("vocab_size", 0))
-        settings |= {"bos_token_id": codec.bos_id, "eos_token_id": codec.eos_id, "pad_token_id": codec.eos_id}
+        settings |= {"bos_token_id": codec.bos_id, "eos_token_id": codec.eos_id, "pad_token_id": None}
         try:
             hf_config = AutoConfig.for_model(model_type, **settings)
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=config.attention)
-        except (ValueError, TypeError, KeyError, AssertionError, ImportError) as e:
+        except (ValueError, TypeError, KeyError, AssertionError, ImportError, StrictDataclassError) as e:
             raise UserError(f"model.llm.config: transformers cannot build it ({_reason(e, config)})") from e
     if config.gradient_checkpointing:
         # Renamed within transformers 5; both names are in use.

@@ -246,8 +246,7 @@ class MMGem(nn.Module):
             for i in (self.codec.bos_id, self.codec.tokenizer.pad_token_id, self.codec.emb_id, self.codec.cap_id)
             if i is not None and i != self.codec.eos_id
         ]
-        if never:
-            options["suppress_tokens"] = never
+        options["suppress_tokens"] = never
         captions: list[str] = []
         with self._evaluating(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:

@@ -38,7 +38,7 @@ def make_optimizer(parts: Parts, stage: StageConfig) -> torch.optim.AdamW:
                 groups.append({"params": chosen, "lr": lr, "weight_decay": decay, "part": part})
     if not groups:
         raise UserError(f"stage {stage.name}: nothing trains; leave a part out of freeze")
-    return torch.optim.AdamW(groups, betas=stage.betas, fused=False)
+    return torch.optim.AdamW(groups, betas=stage.betas)
 
 
 def schedule(stage: StageConfig, steps: int) -> Callable[[int], float]:

@@ -137,10 +137,8 @@ def _run_stage(
     cache = None
     if stage.cached_views:
         root = Path(config.data.cache) if config.data.cache else folder.path / "cache"
-        device, bf16 = choose_device(config), config.training.precision == "bf16"
-        cache = feature_cache(
-            model.vision, dataset, config.data, config.seed, stage.cached_views, root, device, bf16
-        )
+        device, bf16 = choose_device(config), uses_bf16(config)
+        cache = feature_cache(model.vision, dataset, config.data, config.seed, stage.cached_views, root, device, bf16)
     data = StageData(dataset, model.codec, model.preprocess, config.data, stage, config.seed, cache)
     module = StageModule(model, stage, number, data.steps, config.seed, from_trunk=cache is not None)
     checkpoints = Checkpoints(folder, config, steps_before)
@@ -148,7 +146,7 @@ def _run_stage(
     trainer = L.Trainer(
         accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[training.device],
         devices=1,
-        precision={"32": "32-true", "bf16": "bf16-mixed"}[training.precision],  # pyright: ignore[reportArgumentType]
+        precision="bf16-mixed" if uses_bf16(config) else "32-true",
         max_epochs=1,
         gradient_clip_val=stage.clip_grad or None,
         logger=list(_loggers(config, folder)),
@@ -219,6 +217,17 @@ def choose_device(config: Config) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("training.device=cuda, but torch sees no GPU; set it to auto or cpu")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def uses_bf16(config: Config) -> bool:
+    """Whether products run in bf16: as asked, or, for `auto`, where there are instructions for it."""
+    if config.training.precision != "auto":
+        return config.training.precision == "bf16"
+    if choose_device(config).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # torch has no public question for a CPU's bf16 instructions.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
 def count_parameters(model: MMGem) -> dict[str, int]:

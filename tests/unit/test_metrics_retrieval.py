@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from mmgem.evaluation.metrics.phrases import normalise_phrase
 from mmgem.evaluation.metrics.retrieval import (
     Positives,
     best_ranks,
@@ -15,6 +14,7 @@ from mmgem.evaluation.metrics.retrieval import (
     top_k,
 )
 from mmgem.evaluation.metrics.scores import bootstrap_stderr, median_stderr
+from mmgem.phrases import normalise_phrase
 
 
 def naive_ranks(queries, gallery, lists):

@@ -123,9 +123,7 @@ def test_splits_limit_and_shard_size(tmp_path: Path):
         prepare_jsonl(source, tmp_path / "other", splits=["tset"])
 
 
-def test_broken_samples_are_skipped_counted_and_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_broken_samples_are_skipped_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     source = jsonl_folder(tmp_path / "raw", count=9)
     images = source / "images"
     (images / "0_a.jpg").write_bytes(picture(0)[:-700])
@@ -380,9 +378,7 @@ def test_img2dataset_refuses(tmp_path: Path):
 
 
 def test_scenes(tmp_path: Path):
-    result = prepare_scenes(
-        tmp_path / "one", train=5, val=2, test=0, seed=3, size=64, processes=1, shard_size=4
-    )
+    result = prepare_scenes(tmp_path / "one", train=5, val=2, test=0, seed=3, size=64, processes=1, shard_size=4)
     assert {name: row["written"] for name, row in result["splits"].items()} == {
         "train": 5,
         "val": 2,
@@ -391,9 +387,7 @@ def test_scenes(tmp_path: Path):
     assert train.keys == [f"train-{n:06d}" for n in range(5)] and train.has_regions
     scene, sample = render_scene(3, "train", 4, size=64), train.sample(4)
     assert sample.captions == tuple(scene.captions)
-    assert [(r.box, r.phrase) for r in sample.regions] == [
-        (tuple(map(float, r.box)), r.phrase) for r in scene.regions
-    ]
+    assert [(r.box, r.phrase) for r in sample.regions] == [(tuple(map(float, r.box)), r.phrase) for r in scene.regions]
     assert sample.meta["ground"] == scene.ground
     assert [thing["shape"] for thing in sample.meta["objects"]] == [o.shape for o in scene.objects]
     found, drawn = np.asarray(decode_image(sample), int), np.asarray(scene.image, int)

@@ -265,8 +265,7 @@ def bomb(width: int, height: int) -> bytes:
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     parts = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 64)), (b"IEND", b"")]
     chunks = (
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in parts
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
     )
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
@@ -274,9 +273,7 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("limit", [Image.MAX_IMAGE_PIXELS, None])
 @pytest.mark.parametrize("side", [9_600, 30_000])
-def test_decompression_bombs_are_refused(
-    side: int, limit: int | None, monkeypatch: pytest.MonkeyPatch
-):
+def test_decompression_bombs_are_refused(side: int, limit: int | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # someone may have lifted Pillow's own
     assert side * side > MAX_PIXELS
     with pytest.raises(SampleError) as caught:

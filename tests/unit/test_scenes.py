@@ -171,9 +171,7 @@ def test_regions_are_the_objects() -> None:
     for scene in _scenes("train", 500):
         assert json.loads(json.dumps(scene.meta)) == scene.meta
         assert len(scene.regions) == len(scene.objects) == len(scene.meta["objects"])
-        for thing, region, meta in zip(
-            scene.objects, scene.regions, scene.meta["objects"], strict=True
-        ):
+        for thing, region, meta in zip(scene.objects, scene.regions, scene.meta["objects"], strict=True):
             assert region.box == thing.box
             assert meta == {kind: getattr(thing, kind) for kind in meta} and len(meta) == 5
             assert attributes_of(region.phrase) == (thing.colour, thing.shape)
@@ -218,9 +216,7 @@ def test_boxes_are_tight_round_the_drawn_objects(size: int) -> None:
         plan = scenes._plan(2, "test", index)
         boxes = {(thing.colour, thing.shape): thing.box for thing in scene.objects}
         for k, item in enumerate(plan.items):
-            other = (
-                "cyan" if item.colour in ("red", "orange", "pink", "purple", "yellow") else "red"
-            )
+            other = "cyan" if item.colour in ("red", "orange", "pink", "purple", "yellow") else "red"
             items = list(plan.items)
             items[k] = replace(item, colour=other)
             changed = draw(items, plan.texture, plan.tone, size=size, grain=plan.grain)
@@ -268,10 +264,7 @@ def test_colours_and_sizes_are_what_they_are_called() -> None:
                 continue
             pixel = scene.image.getpixel((round(thing.centre[0]), round(thing.centre[1])))
             assert isinstance(pixel, tuple)
-            far = {
-                name: sum((a - b) ** 2 for a, b in zip(pixel, rgb, strict=True))
-                for name, rgb in paint.items()
-            }
+            far = {name: sum((a - b) ** 2 for a, b in zip(pixel, rgb, strict=True)) for name, rgb in paint.items()}
             assert min(far, key=far.__getitem__) == thing.colour
             looked += 1
     assert looked > 15

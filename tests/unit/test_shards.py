@@ -315,9 +315,7 @@ def test_tars_are_indexed_where_they_lie(tmp_path: Path):
     )
     before = first.read_bytes(), second.read_bytes()
     tally, seen = Tally(), []
-    index = write_index(
-        tmp_path / "set" / "train", [first, second], tally=tally, on_shard=lambda *a: seen.append(a)
-    )
+    index = write_index(tmp_path / "set" / "train", [first, second], tally=tally, on_shard=lambda *a: seen.append(a))
     assert (first.read_bytes(), second.read_bytes()) == before
     assert [path.name for path in (tmp_path / "set" / "train").iterdir()] == ["index.json"]
     assert index == read_index(tmp_path / "set" / "train")

@@ -46,9 +46,7 @@ def prepare_img2dataset(
             if done["tars"] == len(tars):  # the last one, before the index is written
                 check_broken(tally, done["read"], max_broken)
 
-        index = write_index(
-            out / split, tars, decode=decode, overwrite=overwrite, tally=tally, on_shard=on_shard
-        )
+        index = write_index(out / split, tars, decode=decode, overwrite=overwrite, tally=tally, on_shard=on_shard)
     row = {"read": done["read"], **row_of(index["totals"])}
     return account(out, {split: row}, tally, time.monotonic() - started)
 

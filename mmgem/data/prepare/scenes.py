@@ -63,9 +63,7 @@ def prepare_scenes(
     )
 
 
-def records(
-    counts: Mapping[str, int], *, seed: int, size: int, processes: int | None = None
-) -> Iterator[Record]:
+def records(counts: Mapping[str, int], *, seed: int, size: int, processes: int | None = None) -> Iterator[Record]:
     """The scenes split by split, in order, whatever the number of processes."""
     chunks = [
         (split, range(start, min(start + _CHUNK, count)))

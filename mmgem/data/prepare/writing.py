@@ -103,9 +103,7 @@ def prepare(
     return account(out, rows, tally, time.monotonic() - started)
 
 
-def select(
-    records: Iterable[Record], splits: Sequence[str] | None, limit: int | None
-) -> Iterator[Record]:
+def select(records: Iterable[Record], splits: Sequence[str] | None, limit: int | None) -> Iterator[Record]:
     """The records of `splits` (all where None), at most `limit` of each split."""
     taken: dict[str, int] = {}
     for record in records:
@@ -186,9 +184,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     item = json.loads(line)
                 except ValueError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not JSON ({error}); mend or remove the line"
-                    ) from error
+                    raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from error
                 if not isinstance(item, dict):
                     raise UserError(f"{path}, line {number}: an object is expected")
                 yield number, item
@@ -203,9 +199,7 @@ def need_folder(path: Path, what: str) -> Path:
     return path
 
 
-def in_order(
-    pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int
-) -> Iterator[R]:
+def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
     """`map` over the pool, in order, with at most `window` items under way."""
     waiting: deque[Future[R]] = deque()
     try:

@@ -1,7 +1,6 @@
 """Figures as pure functions of tensors, arrays and strings. Imports nothing of ours."""
 
 from mmgem.evaluation.metrics.captions import caption_scores, tokenize
-from mmgem.evaluation.metrics.phrases import normalise_phrase
 from mmgem.evaluation.metrics.retrieval import Positives, best_ranks, recall_scores, top_k
 from mmgem.evaluation.metrics.scores import Scores, bootstrap_stderr
 
@@ -11,7 +10,6 @@ __all__ = [
     "best_ranks",
     "bootstrap_stderr",
     "caption_scores",
-    "normalise_phrase",
     "recall_scores",
     "tokenize",
     "top_k",

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mmgem.data.samples import Box
 from mmgem.errors import UserError
-from mmgem.evaluation.metrics.phrases import normalise_phrase
 from mmgem.evaluation.metrics.retrieval import Positives
 from mmgem.evaluation.tasks.common import TaskOptions
 from mmgem.inference.encode import Encoded
+from mmgem.phrases import normalise_phrase
 
 
 @dataclass(slots=True)

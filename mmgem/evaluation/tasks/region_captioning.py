@@ -13,13 +13,13 @@ import numpy as np
 
 from mmgem.data.scenes import HELD_OUT, attributes_of
 from mmgem.evaluation.metrics.captions import caption_scores
-from mmgem.evaluation.metrics.phrases import normalise_phrase
 from mmgem.evaluation.metrics.scores import Scores, mean_stderr
 from mmgem.evaluation.result import BoxNote, Example, Kind, RegionExample, TaskResult
 from mmgem.evaluation.tasks.boxes import BoxTable, box_table
 from mmgem.evaluation.tasks.captioning import chance_scores
 from mmgem.evaluation.tasks.common import TaskOptions, draw, protocol, worst
 from mmgem.inference.encode import Encoded, Encoder, write_texts
+from mmgem.phrases import normalise_phrase
 
 NAME = "region-captioning"
 VERSION = 1

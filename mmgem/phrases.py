@@ -1,6 +1,7 @@
 """When two phrases count as the same phrase.
 
-Receives a phrase as the data hold it, gives the form that is compared. Refuses nothing.
+Receives a phrase as the data hold it, gives the form that is compared. Refuses nothing. Training (what is never a
+negative) and evaluation (what is a hit) share it.
 """
 
 import re

@@ -1,0 +1,438 @@
+"""Order, reader, batches: everything follows from (seed, epoch, position), and nothing from what was read before."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import TEXTS, codec, encoded, picture, sample, write_split
+from torch import Tensor
+
+from mmgem.config import DataConfig, LossConfig, StageConfig
+from mmgem.data.batch import Batch, Broken, Collate, Item, stable_id
+from mmgem.data.datamodule import Reader, StageData, cached_view, open_split, stage_steps
+from mmgem.data.order import Order, draws
+from mmgem.data.samples import Region
+from mmgem.data.shards import ShardedDataset
+from mmgem.data.transforms import plain_view
+from mmgem.errors import UserError
+from mmgem.images import Preprocess
+from mmgem.losses.contrastive import positives
+from mmgem.text import PackedTexts
+
+PREPROCESS = Preprocess(32, (0.5,) * 3, (0.25,) * 3)
+AUGMENT = DataConfig(flip=0.5, crop_scale=(0.5, 1.0), color_jitter=0.2, row_tokens=64)
+COUNT = 13
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_split(tmp_path_factory.mktemp("data") / "train", [sample(n) for n in range(COUNT)])
+
+
+def stage(**changes: Any) -> StageConfig:
+    return StageConfig(**{"samples": 40, "global_batch": 4, "captions_per_image": 1, "max_regions": 2, **changes})
+
+
+def reader(split: Path, data: DataConfig = AUGMENT, seed: int = 0, **changes: Any) -> Reader:
+    return Reader(ShardedDataset(split), data, stage(**changes), PREPROCESS, seed)
+
+
+def stage_data(split: Path, data: DataConfig = AUGMENT, seed: int = 0, **changes: Any) -> StageData:
+    return StageData(ShardedDataset(split), codec(24), PREPROCESS, data, stage(**changes), seed)
+
+
+def item(source: Reader, position: int) -> Item:
+    found = source[position]
+    assert isinstance(found, Item)
+    return found
+
+
+def flat(value: Any) -> list[Any]:
+    """A batch as plain values, to compare bit by bit."""
+    if isinstance(value, Tensor):
+        return [value.dtype, value.shape, value.numpy().tobytes()]
+    if isinstance(value, (Batch, PackedTexts, Item)):
+        return [flat(getattr(value, f.name)) for f in dataclasses.fields(value)]
+    return [value]
+
+
+def batches(data: StageData) -> list[Batch]:
+    return list(data.train_dataloader())
+
+
+# --- order -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [1, 2, 13, 1000])
+def test_every_sample_stands_once_in_an_epoch(samples: int):
+    order = Order(samples, seed=3)
+    for epoch in range(3):
+        found = [order.at(epoch * samples + i) for i in range(samples)]
+        assert {e for e, _ in found} == {epoch}
+        assert sorted(i for _, i in found) == list(range(samples))
+
+
+def test_epochs_and_seeds_have_other_orders():
+    def sequence(seed: int, epoch: int) -> tuple[int, ...]:
+        return tuple(Order(50, seed).at(epoch * 50 + i)[1] for i in range(50))
+
+    orders = {sequence(seed, epoch) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    assert tuple(range(50)) not in orders
+
+
+def test_the_order_depends_on_nothing_else():
+    order = Order(50, 0)
+    wanted = [order.at(p) for p in range(200)]
+    other = Order(50, 0)
+    assert [other.at(p) for p in reversed(range(200))] == wanted[::-1]  # whatever was asked before
+    # Written down, so that a run can be resumed by a later version.
+    assert [Order(10, 0).at(p)[1] for p in range(20)] == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1, 9, 1, 3, 8, 7, 6, 0, 4, 2, 5]
+
+
+def test_draws_are_independent_of_each_other():
+    keys = [(s, e, i, p) for s in range(2) for e in range(2) for i in range(2) for p in range(2)]
+    values = [tuple(draws(*key).integers(1 << 30, size=3)) for key in keys]
+    assert len(set(values)) == len(keys)
+    assert values == [tuple(draws(*key).integers(1 << 30, size=3)) for key in keys]
+
+
+# --- reader ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_item_follows_from_its_position(split: Path):
+    forward, backward = reader(split), reader(split)
+    wanted = [flat(forward[p]) for p in range(40)]
+    assert [flat(backward[p]) for p in reversed(range(40))] == wanted[::-1]
+    assert flat(reader(split, seed=1)[0]) != wanted[0]
+    assert flat(reader(split)[5]) == wanted[5]
+
+
+def test_captions_are_drawn_by_seed_epoch_and_sample(split: Path):
+    """Over the epochs all three of a picture come, each about as often; and not all pictures at once."""
+    source, drawn = reader(split), Counter()
+    for position in range(60 * COUNT):
+        epoch, index = source.order.at(position)
+        own = source.dataset.captions(index)
+        (caption,) = item(source, position).captions if position < COUNT else _captions(source, position)
+        drawn[own.index(caption)] += 1
+        if epoch == 0:
+            assert caption in own
+    assert len(drawn) == 3 and min(drawn.values()) > 0.27 * sum(drawn.values())
+    in_first_epoch = {item(source, p).captions[0][-1] for p in range(COUNT)}
+    assert len(in_first_epoch) > 1
+
+
+def _captions(source: Reader, position: int) -> tuple[str, ...]:
+    """As the reader draws them, without decoding the picture."""
+    from mmgem.data.datamodule import CAPTIONS, _choose
+
+    epoch, index = source.order.at(position)
+    return tuple(_choose(source.dataset.captions(index), 1, draws(source.seed, epoch, index, CAPTIONS)))
+
+
+def test_the_number_of_captions(split: Path):
+    for wanted, found in ((1, 1), (2, 2), (3, 3), (5, 3)):
+        captions = item(reader(split, captions_per_image=wanted), 0).captions
+        assert len(captions) == len(set(captions)) == found
+
+
+def test_changing_one_setting_changes_nothing_else(split: Path):
+    """The purposes of random numbers do not mix: more boxes, the same view and captions."""
+    few, many = item(reader(split), 3), item(reader(split, max_regions=3, captions_per_image=2), 3)
+    assert torch.equal(few.picture, many.picture)
+    assert many.captions[:1] == few.captions
+    plain = item(reader(split, data=DataConfig()), 3)
+    assert plain.captions == few.captions and not torch.equal(plain.picture, few.picture)
+
+
+def test_no_more_boxes_than_max_regions(split: Path):
+    for limit in (0, 1, 2, 3, 9):
+        source, counts = reader(split, data=DataConfig(), max_regions=limit), set()
+        for position in range(COUNT):
+            found = item(source, position)
+            assert len(found.boxes_R4) == len(found.phrases) == len(found.entities)
+            assert len(set(found.phrases)) == len(found.phrases)
+            counts.add(len(found.phrases))
+        assert counts == {min(limit, 3)}
+    chosen = {frozenset(item(reader(split, max_regions=1), p).phrases) for p in range(3 * COUNT)}
+    assert len(chosen) > COUNT  # another box in another epoch
+
+
+def test_boxes_go_with_their_phrases(split: Path):
+    source = reader(split, data=DataConfig(), max_regions=3)
+    found = item(source, 0)
+    own = {r.phrase: r for r in source.dataset.sample(source.order.at(0)[1]).regions}
+    for box_4, phrase, entity in zip(found.boxes_R4, found.phrases, found.entities, strict=True):
+        region = own[phrase]
+        assert torch.allclose(box_4, torch.tensor(region.box) / torch.tensor([80.0, 60.0, 80.0, 60.0]))
+        assert entity == (region.entity or str(region.box))
+    assert len(set(found.entities)) == 2
+
+
+def test_boxes_that_a_crop_cuts_away_are_left_out(tmp_path: Path):
+    regions = [Region((0.0, 0.0, 8.0, 8.0), "corner"), Region((36.0, 26.0, 44.0, 34.0), "middle")]
+    split = write_split(tmp_path / "train", [sample(0, regions=regions)])
+    source = reader(split, data=DataConfig(crop_scale=(0.4, 0.6), flip=0.5))
+    seen = [item(source, p).phrases for p in range(60)]
+    assert 0 < sum("corner" in phrases for phrases in seen) < 45
+    assert sum("middle" in phrases for phrases in seen) == 60
+
+
+def test_the_picture_is_the_samples(split: Path):
+    source = reader(split, data=DataConfig())
+    number = source.order.at(0)[1]
+    exact = PREPROCESS(picture(number))
+    assert (item(source, 0).picture - exact).abs().mean() < 0.1  # JPEG
+    assert item(source, 0).key == f"key{number:03d}"
+
+
+def test_regions_asked_of_data_without_any_are_refused(tmp_path: Path):
+    split = write_split(tmp_path / "train", [sample(n, regions=[]) for n in range(3)])
+    with pytest.raises(UserError, match=r"stage global: max_regions=2, but .*train has no regions; set max_regions: 0"):
+        reader(split)
+    assert item(reader(split, max_regions=0), 0).phrases == ()
+
+
+def test_pictures_without_boxes_or_captions_are_taken_as_they_are(tmp_path: Path):
+    samples = [sample(0, regions=[]), sample(1, captions=[]), sample(2)]
+    source = reader(write_split(tmp_path / "train", samples), data=DataConfig())
+    items = {i.key: i for i in (item(source, p) for p in range(3))}
+    assert (len(items["key000"].captions), len(items["key000"].phrases)) == (1, 0)
+    assert (len(items["key001"].captions), len(items["key001"].phrases)) == (0, 2)
+    batch = Collate(codec(24), 64)([items[f"key00{n}"] for n in range(3)])
+    assert batch.text_vector_M.tolist() == [0, 2, 3, 4, 5, 6]
+    assert batch.region_image_R.tolist() == [1, 1, 2, 2]
+
+
+# --- cached views ----------------------------------------------------------------------------------------------------
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def get(self, index: int, number: int) -> Tensor:
+        self.asked.append((index, number))
+        return torch.full((4, 2, 2), float(10 * index + number))
+
+
+def test_a_cache_stands_in_for_pictures_and_the_boxes_follow_its_views(split: Path):
+    cache = Cache()
+    config = stage(max_regions=3, cached_views=3, freeze=["vision"])
+    source = Reader(ShardedDataset(split), AUGMENT, config, PREPROCESS, 0, cache)
+    for position in range(3 * COUNT):
+        found = item(source, position)
+        index, number = cache.asked[-1]
+        assert index == source.order.at(position)[1] and 0 <= number < 3
+        assert torch.equal(found.picture, torch.full((4, 2, 2), float(10 * index + number)))
+        view = cached_view(AUGMENT, PREPROCESS, 0, index, number, 80, 60)
+        regions = source.dataset.sample(index).regions
+        boxes_R4, kept = view.boxes([r.box for r in regions])
+        wanted = {regions[k].phrase: box.tolist() for k, box in zip(kept, boxes_R4, strict=True)}
+        assert dict(zip(found.phrases, found.boxes_R4.tolist(), strict=True)) == wanted
+    assert {number for _, number in cache.asked} == {0, 1, 2}
+
+
+def test_cached_views_are_fixed_and_differ():
+    views = [cached_view(AUGMENT, PREPROCESS, 0, 5, n, 80, 60) for n in range(4)]
+    assert views[0] == plain_view(PREPROCESS, 80, 60)
+    assert len(set(views)) == 4
+    assert views == [cached_view(AUGMENT, PREPROCESS, 0, 5, n, 80, 60) for n in range(4)]
+    assert cached_view(AUGMENT, PREPROCESS, 0, 6, 1, 80, 60) != views[1]
+
+
+# --- broken samples --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of eight samples: a torn JPEG, a record of the wrong size with boxes, and one without boxes."""
+    samples = [sample(n) for n in range(8)]
+    samples[2] = dataclasses.replace(samples[2], image=samples[2].image[:300])
+    samples[4] = dataclasses.replace(samples[4], width=160)
+    samples[6] = dataclasses.replace(samples[6], width=160, height=120, regions=())
+    return write_split(tmp_path_factory.mktemp("broken") / "train", samples)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_sample_is_named_and_the_rest_goes_on(with_broken: Path, workers: int):
+    data = dataclasses.replace(AUGMENT, workers=workers)
+    found = batches(stage_data(with_broken, data, samples=16, global_batch=4))
+    assert [len(b.keys) + len(b.broken) for b in found] == [4] * 4
+    assert sorted(k for b in found for k in b.keys) == sorted(f"key00{n}" for n in (0, 1, 3, 5, 6, 7) for _ in "ab")
+    reasons = Counter((b.key, b.reason) for batch in found for b in batch.broken)
+    assert reasons == {("key002", "broken image"): 2, ("key004", "size differs from record"): 2}
+    for batch in found:
+        assert len(batch.pictures) == len(batch.keys) == len(batch.image_id_B)
+
+
+def test_a_batch_of_broken_samples_only_is_refused():
+    with pytest.raises(UserError, match="all 2 samples of a batch are broken, the first: a: broken image"):
+        Collate(codec(), 64)([Broken("a", "broken image"), Broken("b", "empty image")])
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def make_item(key: str, captions: list[str], phrases: list[str], entities: list[str] | None = None) -> Item:
+    boxes_R4 = torch.arange(4.0 * len(phrases)).reshape(-1, 4) / 100
+    return Item(key, torch.zeros(3, 4, 4), tuple(captions), boxes_R4, tuple(phrases), tuple(entities or phrases))
+
+
+def test_a_batch_says_which_text_describes_what():
+    items = [
+        make_item("a", ["one", "two"], ["x"]),
+        Broken("broken", "why"),
+        make_item("b", ["three"], []),
+        make_item("c", [], ["y", "z"]),
+    ]
+    batch = Collate(codec(), 64)(items)
+    assert batch.keys == ["a", "b", "c"] and [b.key for b in batch.broken] == ["broken"]
+    assert batch.captions == 3
+    assert batch.text_vector_M.tolist() == [0, 0, 1, 3, 4, 5]  # of [3 images; 3 regions]
+    assert batch.region_image_R.tolist() == [0, 2, 2]
+    assert batch.boxes_R4.shape == (3, 4)
+    assert batch.caption_owner_M.tolist() == batch.image_id_B[[0, 0, 1]].tolist()
+    words = ["one", "two", "three", "x", "y", "z"]
+    ids = batch.texts.ids_nL.flatten()[batch.texts.word_index_T].tolist()
+    assert ids == [i for text in codec().encode(words)[0] for i in text]
+    assert torch.equal(batch.boxes_R4, torch.cat([i.boxes_R4 for i in items if isinstance(i, Item)]))
+
+
+def test_ids_of_what_belongs_together():
+    items = [
+        make_item("a", ["A red ball .", "something"], ["the dog", "brown dog", "tree"], ["e1", "e1", "e2"]),
+        make_item("b", ["  a red ball .", "else"], ["Dog", "bench"], ["e1", "e3"]),
+    ]
+    batch = Collate(codec(), 64)(items)
+    captions = positives(batch.image_id_B, batch.caption_owner_M, batch.caption_text_M)
+    assert captions.int().tolist() == [[1, 1, 1, 0], [1, 0, 1, 1]]
+    regions = positives(batch.entity_id_R, batch.entity_id_R, batch.phrase_text_R)
+    # e1 of picture a is called dog twice; picture b's e1 is another entity, but its phrase is the same.
+    assert regions.int().tolist() == [
+        [1, 1, 0, 1, 0],
+        [1, 1, 0, 1, 0],
+        [0, 0, 1, 0, 0],
+        [1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+
+
+def test_stable_ids():
+    assert stable_id("text", " A Dog ") == stable_id("text", "a dog") != stable_id("image", "a dog")
+    assert stable_id("entity", "a", "bc") != stable_id("entity", "ab", "c")
+    assert 0 <= stable_id("x") < 1 << 62
+    assert stable_id("image", "key000") == 1132960956923121709  # the same in every process and version
+
+
+def test_long_texts_are_cut_before_emb_and_counted():
+    long = "dog " * 60
+    codes = codec(10)
+    batch = Collate(codes, 32)([make_item("a", ["a dog", long], [long]), make_item("b", ["cat"], ["tree"])])
+    assert batch.texts_cut == 2
+    ids_N = batch.texts.ids_nL.flatten()
+    assert (ids_N[batch.texts.emb_index_M] == codes.emb_id).all()
+    cut = codes.encode([long])[0][0]
+    assert len(cut) == 10
+    for m in (1, 3):  # the second caption and the first phrase
+        end = int(batch.texts.emb_index_M[m])
+        assert ids_N[end - 10 : end].tolist() == cut
+        labels = batch.texts.labels_T[batch.texts.label_text_T == m].tolist()
+        assert labels == [*cut, codes.eos_id]
+
+
+@pytest.mark.parametrize(
+    ("loss", "embed", "write"),
+    [
+        (LossConfig(), True, True),
+        (LossConfig(gen=0, region_gen=0), True, False),
+        (LossConfig(emb=0, region_emb=0), False, True),
+        (LossConfig(emb=0, gen=0, region_emb=0), False, True),
+    ],
+)
+def test_streams_without_a_loss_are_not_packed(split: Path, loss: LossConfig, embed: bool, write: bool):
+    texts = batches(stage_data(split, loss=loss, samples=4))[0].texts
+    assert (len(texts.emb_index_M) > 0) == embed
+    assert (len(texts.labels_T) > 0) == write
+
+
+def test_a_batch_moves_as_one(split: Path):
+    batch = batches(stage_data(split, samples=4))[0]
+    moved = batch.to(torch.device("meta"))
+    assert moved.keys == batch.keys and moved.texts_cut == batch.texts_cut
+    for name in batch.__slots__:
+        if isinstance(getattr(batch, name), Tensor):
+            assert getattr(moved, name).device.type == "meta", name
+    assert moved.texts.ids_nL.device.type == "meta"
+
+
+# --- the stage's batches ---------------------------------------------------------------------------------------------
+
+
+def test_the_batches_of_a_stage(split: Path):
+    data = stage_data(split)
+    found = batches(data)
+    assert data.steps == len(found) == len(data.train_dataloader()) == 10
+    order = Order(COUNT, 0)
+    keys = [f"key{order.at(p)[1]:03d}" for p in range(40)]
+    assert [k for b in found for k in b.keys] == keys
+    first = Counter(keys[:COUNT])
+    assert len(first) == COUNT and set(first.values()) == {1}
+    again = batches(stage_data(split))
+    assert [flat(b) for b in again] == [flat(b) for b in found]
+    assert [flat(b) for b in batches(stage_data(split, seed=1))] != [flat(b) for b in found]
+
+
+def test_workers_change_nothing(split: Path):
+    alone = batches(stage_data(split))
+    together = batches(stage_data(split, dataclasses.replace(AUGMENT, workers=2)))
+    assert [flat(b) for b in together] == [flat(b) for b in alone]
+
+
+@pytest.mark.parametrize("consumed", [4, 12, 28, 40])
+def test_a_resumed_stage_goes_on_bit_by_bit(split: Path, consumed: int):
+    whole = batches(stage_data(split))
+    resumed = stage_data(split)
+    resumed.load_state_dict({"samples_consumed": consumed})
+    assert resumed.state_dict() == {"samples_consumed": consumed}
+    rest = batches(resumed)
+    assert len(rest) == 10 - consumed // 4
+    assert [flat(b) for b in rest] == [flat(b) for b in whole[consumed // 4 :]]
+    assert len(resumed.train_dataloader()) == 10  # the whole stage's, so that steps are counted on
+
+
+def test_the_length_of_a_stage():
+    def steps(samples: int | None, epochs: float | None, batch: int = 8) -> int:
+        return stage_steps(StageConfig(samples=samples, epochs=epochs, global_batch=batch), 100)
+
+    assert steps(80, None) == 10 and steps(87, None) == 10  # whole steps
+    assert steps(None, 2) == 25 and steps(None, 0.5) == 6
+    assert steps(3, None) == 1  # at least one
+
+
+# --- a split that is not there ---------------------------------------------------------------------------------------
+
+
+def test_splits_that_cannot_be_opened_are_refused(split: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="data.path is missing"):
+        open_split("", "train")
+    with pytest.raises(UserError, match=r"data.path=.*nowhere: no such folder; make it with `mmgem data prepare`"):
+        open_split(str(tmp_path / "nowhere"), "train")
+    with pytest.raises(UserError, match="no split val in .*; it has train"):
+        open_split(str(split.parent), "val")
+    write_split(tmp_path / "empty" / "train", [])
+    with pytest.raises(UserError, match="empty/train: no samples"):
+        open_split(str(tmp_path / "empty"), "train")
+    assert len(open_split(str(split.parent), "train")) == COUNT
+
+
+def test_the_helpers_captions_differ():
+    """What the tests above rest on: texts that are told apart, pictures that JPEG keeps."""
+    assert len(set(TEXTS)) == 8
+    assert len({encoded(picture(n)) for n in range(COUNT)}) == COUNT
