@@ -145,7 +145,7 @@ class TimmTower(VisionTower):
             return hidden
         hidden = hidden.contiguous(memory_format=self.layout)
         with self._fp32_on_cpu(hidden):
-            if not torch.is_autocast_enabled(hidden.device.type):
+            if hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
                 hidden = hidden.to(next(self.parameters()).dtype)
             for layer in self._layers()[self.cut :]:
                 hidden = layer(hidden)

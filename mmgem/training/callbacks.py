@@ -125,6 +125,10 @@ class BrokenSamples(L.Callback):
                 f"{', '.join(list(self.broken)[:5])}; mend the data or raise the share"
             )
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.broken:
+            print(f"{self.broken.total()} of {self.seen} samples were broken and left out", file=sys.stderr)
+
 
 class Checkpoints(L.Callback):
     """Every so many steps, at the end, and when asked to stop: Ctrl-C and SIGTERM finish the step, save, and leave."""
