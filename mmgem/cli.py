@@ -7,7 +7,6 @@ the traceback), 128 + signal number when stopped. Imports lazily: help answers a
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
 import traceback
@@ -332,8 +331,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mmgem: stopped", file=sys.stderr)
         code = 130
-    if code:
-        gc.collect()  # ends the workers of a data loader that the error's frames hold; torch would wait 5 s for each
     return code
 
 
@@ -366,6 +363,8 @@ def _failed(error: UserError | OSError, args: Arguments) -> int:
     elif text.startswith("Caught UserError in DataLoader worker"):  # torch wraps the traceback of the worker into it
         text = text.rpartition("UserError: ")[2]
     print(f"mmgem: error: {' '.join(text.split())}", file=sys.stderr)
+    # They hold the data loader: let go, its workers end at once; at the program's end torch waits 5 s for each.
+    traceback.clear_frames(error.__traceback__)
     return 2
 
 

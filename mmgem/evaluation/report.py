@@ -137,6 +137,8 @@ def _ratio(value: float | None, base: float | None) -> str:
     if value is None or not base:
         return "–"
     ratio = value / base
+    if ratio >= 1000:  # the base is next to nothing
+        return "–"
     return f"× {ratio:.2f}" if ratio < 20 else f"× {ratio:,.0f}"
 
 

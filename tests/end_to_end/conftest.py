@@ -7,15 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny import Finished, Tiny, run
+
+from mmgem.cli import main
 
 # transformers logs to the stderr that it found when it was imported; pytest has closed that one since.
 logging.raiseExceptions = False
 # Nothing downloads in tests; a hub id is an error at once and not after a time-out.
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-from tiny import Finished, Tiny, run
-
-from mmgem.cli import main
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,155 @@
+"""Counting broken samples, and what the run's folder keeps and forgets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mmgem.config import Config, LlmConfig, ModelConfig, StageConfig, VisionConfig, load_config
+from mmgem.data.batch import Broken
+from mmgem.errors import UserError
+from mmgem.training.callbacks import BrokenSamples
+from mmgem.training.checkpoint import RunFolder, RunState, read_state, state_tree
+
+# --- broken samples --------------------------------------------------------------------------------
+
+
+def feed(counter: BrokenSamples, good: int, *broken: str) -> None:
+    batch: Any = SimpleNamespace(keys=["k"] * good, broken=[Broken(key, "broken image") for key in broken])
+    nothing: Any = None
+    counter.on_train_batch_end(nothing, nothing, None, batch, 0)
+
+
+def test_each_broken_sample_is_named_once_and_counted_each_time(capsys: pytest.CaptureFixture[str]) -> None:
+    counter = BrokenSamples(0.5)
+    feed(counter, 14, "a", "b")
+    feed(counter, 15, "a")
+    nothing: Any = None
+    counter.teardown(nothing, nothing, "fit")
+    err = capsys.readouterr().err.splitlines()
+    assert err == [
+        "skipped sample a: broken image",
+        "skipped sample b: broken image",
+        "3 of 32 samples were broken and left out",
+    ]
+
+
+def test_a_few_are_bad_luck(capsys: pytest.CaptureFixture[str]) -> None:
+    counter = BrokenSamples(0.01)
+    feed(counter, 7, *(f"k{i}" for i in range(9)))
+    assert counter.broken.total() == 9, "far more than one in a hundred, but fewer than ten"
+    with pytest.raises(UserError, match=r"10 of 17 samples are broken, more than data.max_broken=0.01; .*k0, k1"):
+        feed(counter, 0, "k9")
+    assert capsys.readouterr().err.count("skipped") == 10
+
+
+def test_the_share_is_what_counts() -> None:
+    counter = BrokenSamples(0.25)
+    feed(counter, 30, *(f"k{i}" for i in range(10)))
+    with pytest.raises(UserError, match="11 of 41"):
+        feed(counter, 0, "one more")
+
+
+# --- the run's folder ----------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Writes what it is told to, as Lightning's does."""
+
+    is_global_zero = True
+
+    def save_checkpoint(self, path: Path) -> None:
+        path.write_text("weights")
+
+
+def config(**settings: Any) -> Config:
+    model = ModelConfig(vision=VisionConfig(name="resnet10t"), llm=LlmConfig(config={"model_type": "llama"}))
+    return Config(model=model, stages=[StageConfig(samples=10)], **settings)
+
+
+def names(folder: RunFolder) -> list[str]:
+    return sorted(p.name for p in folder.checkpoints.iterdir())
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert folder.begin(config(), "never", "sum") is None
+    for step in (5, 10, 100):
+        place = folder.save_checkpoint(Trainer(), step, keep=2)
+        assert folder.newest() == place and place.read_text() == "weights"
+    assert names(folder) == ["step-00000010.ckpt", "step-00000100.ckpt"]
+
+
+def test_a_save_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
+    class Full(Trainer):
+        def save_checkpoint(self, path: Path) -> None:
+            path.write_text("wei")
+            raise OSError("disk full")
+
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config(), "never", "sum")
+    first = folder.save_checkpoint(Trainer(), 5, keep=1)
+    with pytest.raises(OSError, match="disk full"):
+        folder.save_checkpoint(Full(), 10, keep=1)
+    assert folder.newest() == first and first.read_text() == "weights"
+    folder.forget_after(5)
+    assert names(folder) == [first.name]
+
+
+def test_forgetting_what_will_be_done_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config(), "never", "sum")
+    for step in (2, 4):
+        folder.save_checkpoint(Trainer(), step, keep=9)
+    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
+    folder.log.write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    folder.samples.write_text("\n".join([lines[1], lines[1], lines[3]]))
+    (folder.checkpoints / "notes.txt").write_text("mine")
+    folder.forget_after(2)
+    assert folder.log.read_text() == f"{lines[0]}\n{lines[1]}\n"
+    assert folder.samples.read_text() == f"{lines[1]}\n{lines[1]}\n"
+    assert names(folder) == ["notes.txt", "step-00000002.ckpt"]
+    folder.forget_after(0)
+    assert folder.log.read_text() == "" and names(folder) == ["notes.txt"]
+
+
+def test_what_a_going_on_may_change(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config(run="a"), "never", "sum")
+    folder.write_facts(data={"train": "sum"})
+    checkpoint = folder.save_checkpoint(Trainer(), 5, keep=1)
+    free = config(run="b")
+    free.data.workers, free.data.path = 3, "elsewhere"
+    free.training.threads, free.training.log_every, free.training.device = 2, 7, "cpu"
+    assert folder.begin(free, "auto", "sum") == checkpoint
+    assert load_config(folder.config).training.threads == 2
+    for name, value in (("seed", 1), ("init_from", "x")):
+        other = config()
+        setattr(other, name, value)
+        with pytest.raises(UserError, match=f"the run began with {name}="):
+            folder.begin(other, "auto", "sum")
+    other = config()
+    other.training.precision = "bf16"
+    with pytest.raises(UserError, match="training.precision=32, now it is bf16"):
+        folder.begin(other, "auto", "sum")
+    with pytest.raises(UserError, match="other data than the run .* began with .*checksum mus"):
+        folder.begin(config(), "auto", "mus")
+    longer = config()
+    longer.stages.append(StageConfig(name="more", samples=10))
+    with pytest.raises(UserError, match="stages.1."):
+        folder.begin(longer, "auto", "sum")
+
+
+def test_state_of_a_checkpoint(tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"run_state": state_tree(RunState(1, 320)), "state_dict": {}}, tmp_path / "c.ckpt")
+    state, content = read_state(tmp_path / "c.ckpt")
+    assert state == RunState(stage=1, samples=320) and "state_dict" in content
+    torch.save({"run_state": {"stage": 1, "moon": "full"}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="other.ckpt: not a checkpoint of mmgem"):
+        read_state(tmp_path / "other.ckpt")
