@@ -9,7 +9,7 @@ venv:
 
 ## both stages on rendered scenes, evaluation, report: runs/quickstart/report/report.html
 quickstart: venv
-	@test -f data/scenes/test/index.json || $(RUN)/mmgem data prepare scenes --out data/scenes --overwrite
+	@test -f data/scenes/test/index.json || $(RUN)/mmgem data prepare scenes --out data/scenes --train 12000 --overwrite
 	$(RUN)/mmgem train --config configs/quickstart.yaml --resume auto
 	$(RUN)/mmgem eval all --model runs/quickstart --data data/scenes --split test --stages
 

@@ -348,6 +348,11 @@ def _check(config: Config, source: str) -> None:
         not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,
         "data.crop_scale must be two shares, 0 < low <= high <= 1",
     )
+    training = config.training
+    for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+        refuse(getattr(training, name) < 1, f"training.{name} must be at least 1")
+    refuse(training.sample_every < 0, "training.sample_every must be 0 (none) or more")
+    refuse(training.threads is not None and training.threads < 1, "training.threads must be at least 1, or null")
     vision = model.vision
     refuse(vision.image_size < 1, "model.vision.image_size must be at least 1")
     refuse(
@@ -379,6 +384,10 @@ def _check_stage(stage: StageConfig, vision: VisionConfig, at: str) -> None:
     refuse(stage.captions_per_image < 1, "captions_per_image must be at least 1")
     refuse(stage.max_regions < 0, "max_regions must be 0 or more")
     refuse(stage.lr <= 0, "lr must be above 0")
+    for name in ("weight_decay", "clip_grad", "cached_views"):
+        refuse(getattr(stage, name) < 0, f"{name} must be 0 or more")
+    refuse(not all(0 <= beta < 1 for beta in stage.betas), "betas must be at least 0 and below 1")
+    refuse(any(factor < 0 for factor in stage.lr_scale.values()), "lr_scale: a factor is below 0")
     for name in ("warmup", "min_lr"):
         refuse(not 0 <= getattr(stage, name) <= 1, f"{name} is a share, from 0 to 1")
     unknown = sorted(set(stage.lr_scale) - set(PARTS))

@@ -209,6 +209,10 @@ def measure_standard(model: MMGem, dataset: ShardedDataset, device: torch.device
         except SampleError:
             continue
         pooled.append(model.aggregator.image(model.vision(picture[None].to(device))).float())
+    if not pooled:
+        raise UserError(
+            f"{dataset.split_dir}: no readable picture among {len(dataset)} samples; prepare the data again"
+        )
     model.set_standard(torch.cat(pooled))
 
 

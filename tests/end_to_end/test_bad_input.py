@@ -82,6 +82,13 @@ def test_more_ranks_than_one(tiny: Tiny, tmp_path: Path) -> None:
         ("stages.0.cached_views=2", ["stages.0 (global)", "cached_views", "freeze"]),
         ("stages.0.freeze=[vision, llm, projections]", ["everything is frozen"]),
         ("stages.1.name=global", ["stages", "names must differ"]),
+        ("training.checkpoint_every=0", ["training.checkpoint_every", "at least 1"]),
+        ("training.keep_checkpoints=0", ["training.keep_checkpoints", "at least 1"]),
+        ("training.sample_every=-1", ["training.sample_every", "0 (none) or more"]),
+        ("training.threads=0", ["training.threads", "at least 1, or null"]),
+        ("stages.0.betas=[0.9, 1.0]", ["stages.0 (global)", "betas"]),
+        ("stages.0.clip_grad=-1", ["stages.0 (global)", "clip_grad must be 0 or more"]),
+        ("stages.0.lr_scale.llm=-1", ["stages.0 (global)", "lr_scale", "below 0"]),
     ],
 )
 def test_settings_that_cannot_be(tiny: Tiny, tmp_path: Path, capsys: Capture, override: str, parts: list[str]) -> None:
@@ -335,6 +342,8 @@ def test_nothing_but_broken_pictures(tiny: Tiny, tmp_path: Path, capsys: Capture
     message = refused(capsys, *data.arguments(tmp_path / "run", SHORT, f"data.workers={workers}"))
     assert message.startswith("all 16 samples of a batch are broken, the first: train-0000")
     assert message.endswith("broken image") and "Traceback" not in message
+    message = refused(capsys, *data.arguments(tmp_path / "run", SHORT, "model.vision.standardise=true"))
+    assert message.startswith(f"{data.data}/train: no readable picture among 96 samples")
 
 
 def test_a_loss_that_is_not_finite_names_the_samples(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:

@@ -16,6 +16,8 @@ from mmgem.cli import main
 # All that draws random numbers is on.
 RANDOM = (
     "model.visual_dropout=0.1",
+    "model.head_dropout=0.1",
+    "model.vision.standardise=true",
     "model.token_dropout=0.2",
     "data.flip=0.5",
     "data.crop_scale=[0.5,1.0]",
