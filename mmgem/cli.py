@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -309,6 +310,9 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    # Threads that spin long while they wait starve each other when another program shares the cores: a step on two busy
+    # cores then takes up to 15 times as long. Read when torch is imported, hence here.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     parser = argparse.ArgumentParser(
         prog="mmgem", description="One model that retrieves and writes, for images and boxes of them."
     )

@@ -41,7 +41,9 @@ class Preprocess:
     def __call__(self, image: Image.Image, window: Window | None = None, flip: bool = False) -> Tensor:
         """picture -> 3 x size x size, float32. `flip` mirrors left and right after the cut."""
         window = window or self.window(*image.size)
-        resized = image.convert("RGB").resize((self.size, self.size), Image.Resampling.BICUBIC, box=window)
+        resized = image.convert("RGB")
+        if resized.size != (self.size, self.size) or window != (0.0, 0.0, float(self.size), float(self.size)):
+            resized = resized.resize((self.size, self.size), Image.Resampling.BICUBIC, box=window)
         if flip:
             resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self.normalise(resized)

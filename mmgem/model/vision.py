@@ -76,6 +76,7 @@ class TimmTower(VisionTower):
         self.is_vit = hasattr(model, "blocks") and hasattr(model, "patch_embed") and hasattr(model, "num_prefix_tokens")
         if config.gradient_checkpointing:
             model.set_grad_checkpointing(True)
+        self.has_depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
         # Convolutions on CPU and on tensor cores are 1.3 to 3 times faster in this layout.
         self.layout = torch.contiguous_format if self.is_vit else torch.channels_last
         model.to(memory_format=self.layout)
@@ -153,7 +154,7 @@ class TimmTower(VisionTower):
 
     def _fp32_on_cpu(self, x: Tensor) -> AbstractContextManager[Any]:
         """On CPU the backward of depthwise convolutions is slower in bf16 than in fp32: they train in fp32."""
-        slow = x.device.type == "cpu" and not self.is_vit and torch.is_grad_enabled()
+        slow = x.device.type == "cpu" and self.has_depthwise and torch.is_grad_enabled()
         return torch.autocast("cpu", enabled=False) if slow else nullcontext()
 
     def set_patch_dropout(self, share: float) -> None:

@@ -24,19 +24,7 @@ from mmgem.errors import UserError
 from mmgem.progress import Progress
 from mmgem.training.checkpoint import RunFolder, RunState, state_tree
 from mmgem.training.module import StageModule
-
-
-class Stopped(BaseException):
-    """A signal that asks to stop at once. Like KeyboardInterrupt it is no Exception: nobody shall take it for one."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-
-def stop_at_once(number: int, frame: Any) -> None:
-    """A signal handler."""
-    raise Stopped(number)
+from mmgem.training.signals import SIGNALS, stop_at_once, stop_if_asked
 
 
 class StepLog(L.Callback):
@@ -139,7 +127,8 @@ class Checkpoints(L.Callback):
         self.handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.handlers = {s: signal.signal(s, self._asked_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {s: signal.signal(s, self._asked_to_stop) for s in SIGNALS}
+        stop_if_asked()
 
     def _asked_to_stop(self, number: int, frame: Any) -> None:
         if self.signal is not None:

@@ -26,6 +26,7 @@ from mmgem.images import Preprocess
 from mmgem.model.vision import VisionTower
 from mmgem.progress import Progress
 from mmgem.training.checkpoint import write_atomically
+from mmgem.training.signals import stop_if_asked
 
 BATCH = 8
 """Pictures at once: activations this small stay in the CPU's reach, and their memory is used again."""
@@ -127,6 +128,7 @@ def _build(
     )
     with Progress(f"caching {source.views} views ({needed / 1e9:.1f} GB)", total, "pictures", meta["done"]) as progress:
         for number, items in enumerate(loader):
+            stop_if_asked()
             good = [(i, views) for i, views in items if isinstance(views, Tensor)]
             meta["broken"] |= {str(i): why for i, why in items if not isinstance(why, Tensor)}
             if good:

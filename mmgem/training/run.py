@@ -10,7 +10,6 @@ import logging
 import os
 import shlex
 import shutil
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -30,10 +29,11 @@ from mmgem.model import MMGem
 from mmgem.model.pretrained import load_weights, model_folder
 from mmgem.progress import track
 from mmgem.text import load_tokenizer, train_tokenizer
-from mmgem.training.callbacks import BrokenSamples, CaptionSamples, Checkpoints, StepLog, Stopped, stop_at_once
+from mmgem.training.callbacks import BrokenSamples, CaptionSamples, Checkpoints, StepLog
 from mmgem.training.checkpoint import RunFolder, RunState, read_state
 from mmgem.training.features import feature_cache
 from mmgem.training.module import StageModule
+from mmgem.training.signals import Stopped, stop_if_asked, stopping_at_once
 
 SAMPLE_PICTURES = 4
 STANDARD_PICTURES = 512
@@ -47,14 +47,11 @@ def train(config: Config, resume: str = "never") -> int:
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     folder = RunFolder(config.run)
-    handlers = {s: signal.signal(s, stop_at_once) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        stopped_by = _train(config, resume, folder)
+        with stopping_at_once():
+            stopped_by = _train(config, resume, folder)
     except Stopped as e:
         stopped_by = e.number
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if not stopped_by:
         return 0
     file = shlex.quote(str(folder.config))
@@ -204,6 +201,7 @@ def measure_standard(model: MMGem, dataset: ShardedDataset, device: torch.device
     pooled: list[torch.Tensor] = []
     step = max(1, len(dataset) // STANDARD_PICTURES)
     for index in track(range(0, len(dataset), step), "measuring the map's channels", unit="pictures"):
+        stop_if_asked()
         try:
             picture = model.preprocess(decode_image(dataset.sample(index)))
         except SampleError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -276,13 +277,13 @@ def test_a_shard_that_is_cut(tiny: Tiny, tmp_path: Path, capsys: Capture) -> Non
     assert str(shard) in message and "truncated" in message
 
 
-def rewritten(tiny: Tiny, out: Path, change: object) -> Tiny:
+def rewritten(tiny: Tiny, out: Path, change: Callable[[Sample], Sample]) -> Tiny:
     """The dataset with `change(sample)` in the place of each training sample."""
     shutil.copytree(tiny.data, out, ignore=shutil.ignore_patterns("train"))
     source = ShardedDataset(tiny.data / "train")
     with ShardWriter(out / "train") as writer:
         for index in range(len(source)):
-            writer.write(change(source.sample(index)))  # type: ignore[operator]
+            writer.write(change(source.sample(index)))
     return Tiny(out)
 
 

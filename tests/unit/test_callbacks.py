@@ -1,8 +1,12 @@
-"""Counting broken samples, and what the run's folder keeps and forgets."""
+"""Counting broken samples, stopping, and what the run's folder keeps and forgets."""
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +18,7 @@ from mmgem.data.batch import Broken
 from mmgem.errors import UserError
 from mmgem.training.callbacks import BrokenSamples
 from mmgem.training.checkpoint import RunFolder, RunState, read_state, state_tree
+from mmgem.training.signals import SIGNALS, Stopped, stop_if_asked, stopping_at_once
 
 # --- broken samples --------------------------------------------------------------------------------
 
@@ -52,6 +57,36 @@ def test_the_share_is_what_counts() -> None:
     feed(counter, 30, *(f"k{i}" for i in range(10)))
     with pytest.raises(UserError, match="11 of 41"):
         feed(counter, 0, "one more")
+
+
+# --- signals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_stops_at_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped, stopping_at_once():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert stopped.value.number == number
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.filterwarnings("error")  # pytest warns of what is raised in a __del__
+def test_a_signal_that_python_would_lose_stops_later() -> None:
+    class Deaf:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    with stopping_at_once():
+        Deaf()
+        gc.collect()
+        with pytest.raises(Stopped) as stopped:
+            stop_if_asked()
+    assert stopped.value.number == signal.SIGTERM
+    with stopping_at_once():
+        stop_if_asked()  # and is forgotten by the next run
 
 
 # --- the run's folder ----------------------------------------------------------------------------------
