@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import field
@@ -156,8 +157,6 @@ class TrainingConfig:
     """bf16: matrix products in bf16, weights in fp32. auto: bf16 where the machine computes it fast, else 32."""
     threads: int | None = None
     """CPU threads; null: torch's choice."""
-    log_every: int = 10
-    """Steps between lines on the screen; log.jsonl has one a step."""
     sample_every: int = 500
     """Steps between samples of captions in the log; 0: none."""
     checkpoint_every: int = 500
@@ -331,6 +330,9 @@ def _check(config: Config, source: str) -> None:
     refuse(not config.stages, "stages: at least one stage is needed")
     names = [s.name for s in config.stages]
     refuse(len(set(names)) < len(names), f"stages: names must differ, given {names}")
+    for name in names:
+        usable = re.fullmatch(r"[\w-][\w.-]*", name) is not None
+        refuse(not usable, f"stages: {name!r} cannot be a folder's name; use letters, digits, '.', '_' and '-'")
     refuse(model.max_tokens < 1, "model.max_tokens must be at least 1")
     refuse(
         data.row_tokens < model.max_tokens + 3,
@@ -349,7 +351,7 @@ def _check(config: Config, source: str) -> None:
         "data.crop_scale must be two shares, 0 < low <= high <= 1",
     )
     training = config.training
-    for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+    for name in ("checkpoint_every", "keep_checkpoints"):
         refuse(getattr(training, name) < 1, f"training.{name} must be at least 1")
     refuse(training.sample_every < 0, "training.sample_every must be 0 (none) or more")
     refuse(training.threads is not None and training.threads < 1, "training.threads must be at least 1, or null")

@@ -257,7 +257,7 @@ def create_timm(config: VisionConfig, load_weights: bool = True) -> Any:
         )
     try:
         model: Any = timm.create_model(name, pretrained=weights is not None and not local, **config.config)
-    except (TypeError, RuntimeError, OSError) as e:
+    except (TypeError, RuntimeError, OSError, ValueError, LookupError, AssertionError) as e:
         raise UserError(f"model.vision: timm could not make {name}: {_one_line(e)}") from e
     if local:
         assert weights is not None

@@ -26,12 +26,15 @@ from mmgem.training.checkpoint import RunFolder, RunState, state_tree
 from mmgem.training.module import StageModule
 from mmgem.training.signals import SIGNALS, stop_at_once, stop_if_asked
 
+FIRST_LINE = 10
+"""The step after which a log without a terminal gets its first line; later ones come by time."""
+
 
 class StepLog(L.Callback):
     """log.jsonl, one line a step, and the progress on the screen."""
 
-    def __init__(self, folder: RunFolder, steps_before: int, log_every: int):
-        self.folder, self.steps_before, self.log_every = folder, steps_before, log_every
+    def __init__(self, folder: RunFolder, steps_before: int):
+        self.folder, self.steps_before = folder, steps_before
         self.file: TextIO | None = None
         self.cut = 0
 
@@ -72,7 +75,7 @@ class StepLog(L.Callback):
         figures = {k.replace("loss_", ""): v for k, v in pl_module.last.items() if k.startswith("loss")}
         self.progress.note = ", ".join(f"{k} {v:.3f}" for k, v in figures.items())
         self.progress.advance()
-        if not self.progress.terminal and step == self.log_every:
+        if not self.progress.terminal and step == FIRST_LINE:
             self.progress.line()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

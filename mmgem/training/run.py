@@ -148,7 +148,7 @@ def _run_stage(
         gradient_clip_val=stage.clip_grad or None,
         logger=list(_loggers(config, folder)),
         callbacks=[
-            StepLog(folder, steps_before, training.log_every),
+            StepLog(folder, steps_before),
             BrokenSamples(config.data.max_broken),
             CaptionSamples(folder, sample_pictures(config, dataset), training.sample_every, steps_before),
             checkpoints,

@@ -162,7 +162,7 @@ def test_what_a_going_on_may_change(tmp_path: Path) -> None:
     checkpoint = folder.save_checkpoint(Trainer(), 5, keep=1)
     free = config(run="b")
     free.data.workers, free.data.path = 3, "elsewhere"
-    free.training.threads, free.training.log_every, free.training.device = 2, 7, "cpu"
+    free.training.threads, free.training.sample_every, free.training.device = 2, 7, "cpu"
     assert folder.begin(free, "auto", "sum") == checkpoint
     assert load_config(folder.config).training.threads == 2
     for name, value in (("seed", 1), ("init_from", "x")):

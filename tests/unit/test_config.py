@@ -275,3 +275,13 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path):
 def test_settings_cannot_be_misspelt_in_python_either():
     with pytest.raises(Exception, match="embed_dimm"):
         ModelConfig(embed_dimm=3)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "two words"])
+def test_a_stage_is_named_as_its_folder(name: str):
+    tree = {
+        "model": {"vision": {"name": "resnet10t"}, "llm": {"config": {"model_type": "llama"}}},
+        "stages": [{"name": name, "epochs": 1}],
+    }
+    with pytest.raises(UserError, match="folder's name"):
+        config_from_tree(tree, "here")

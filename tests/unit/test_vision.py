@@ -488,3 +488,8 @@ def test_the_tower_is_that_classifier_without_its_head(dogs: list[Image.Image]):
     map_BCHW = features(batch)
     assert map_BCHW.shape == (8, 1280, 7, 7)
     assert torch.allclose(model.classifier(map_BCHW.mean(dim=(2, 3))), model(batch), atol=1e-3)
+
+
+def test_arguments_that_timm_cannot_use_are_the_users_error():
+    with pytest.raises(UserError, match="timm could not make resnet10t"):
+        create_tower(cnn(config={"no_such_argument": 8}))
