@@ -26,4 +26,4 @@ format: venv
 	$(RUN)/ruff format .
 
 clean:
-	rm -rf .venv runs data build dist *.egg-info
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -6,6 +6,7 @@ nearest right name), wrong types and contradictions, each with its place. The re
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -209,7 +210,7 @@ def config_from_tree(tree: dict[str, Any], source: str) -> Config:
     """Checks a plain tree and gives the Config. `source` is named in errors."""
     _refuse_unknown(tree, Config, "", source)
     try:
-        config = TypeAdapter(Config).validate_python(_numbers(tree))
+        config = TypeAdapter(Config).validate_python(_words(_numbers(tree)))
     except ValidationError as e:
         first = e.errors()[0]
         place = ".".join(str(p) for p in first["loc"] if not str(p).startswith("function-"))
@@ -247,6 +248,18 @@ def _numbers(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _words(tree: dict[str, Any]) -> dict[str, Any]:
+    """YAML reads `precision: 32`, `run: 2024` and the like as numbers; they are words."""
+    tree = copy.deepcopy(tree)
+    training, stages = tree.get("training"), tree.get("stages")
+    places = [(tree, "run"), (training, "precision")]
+    places += [(stage, "name") for stage in stages] if isinstance(stages, list) else []
+    for place, key in places:
+        if isinstance(place, dict) and type(place.get(key)) is int:
+            place[key] = str(place[key])
+    return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -56,7 +56,7 @@ class Preprocess:
 
 def move_boxes(boxes: Sequence[Sequence[float]], window: Window, flip: bool = False) -> Tensor:
     """Boxes in pixels of the picture -> R x 4 shares (0 … 1) of the view of `window` and `flip`, clipped to it."""
-    if not boxes:
+    if len(boxes) == 0:
         return torch.zeros(0, 4)
     boxes_R4 = torch.tensor([list(b) for b in boxes], dtype=torch.float32)
     x1, y1, x2, y2 = window

@@ -105,7 +105,7 @@ class Collate:
             region_image_R=_long(region_image),
             image_id_B=_long(image_ids),
             caption_owner_M=_long([image_ids[b] for b in caption_image]),
-            caption_text_M=_long([stable_id("text", c) for c in captions]),
+            caption_text_M=_long([stable_id("text", c.strip().lower()) for c in captions]),
             entity_id_R=_long([stable_id("entity", item.key, e) for item in good for e in item.entities]),
             phrase_text_R=_long([stable_id("text", normalise_phrase(p)) for p in phrases]),
             texts_cut=sum(cut),
@@ -118,6 +118,5 @@ def _long(values: Sequence[int]) -> Tensor:
 
 
 def stable_id(*parts: str) -> int:
-    """The same 62-bit number for the same text (case and outer spaces aside) in every process."""
-    text = "\0".join(p.strip().lower() for p in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
+    """The same 62-bit number for the same text in every process."""
+    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "big") >> 2

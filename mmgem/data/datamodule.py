@@ -150,9 +150,10 @@ class StageData(L.LightningDataModule):
         super().__init__()
         self.reader = Reader(dataset, data, stage, preprocess, seed, cache)
         loss = stage.loss
-        self.collate = Collate(
-            codec, data.row_tokens, embed=loss.emb > 0 or loss.region_emb > 0, write=loss.gen > 0 or loss.region_gen > 0
-        )
+        regions = stage.max_regions > 0
+        embed = loss.emb > 0 or (regions and loss.region_emb > 0)
+        write = loss.gen > 0 or (regions and loss.region_gen > 0)
+        self.collate = Collate(codec, data.row_tokens, embed=embed, write=write)
         self.data, self.stage = data, stage
         self.steps = stage_steps(stage, len(dataset))
         self.samples_consumed = 0

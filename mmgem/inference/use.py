@@ -18,6 +18,7 @@ from PIL import Image
 from mmgem.data.samples import SampleError, decode_image, parse_sample
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
+from mmgem.images import kept_share
 from mmgem.model import MMGem
 from mmgem.progress import Progress
 
@@ -84,8 +85,13 @@ def describe_regions(
 ) -> list[dict[str, Any]]:
     """One row a box, all from one vision pass: box, and what was asked for of caption, vector, similarity."""
     image = read_image(path)
+    seen = model.preprocess.window(*image.size)
     for box in boxes:
         check_box(box, image, str(path))
+        if kept_share([box], seen)[0] == 0:
+            raise UserError(
+                f"{path}: the model sees {seen} of this picture (resize: crop), and box {tuple(box)} lies outside"
+            )
     if query is not None and not query.strip():
         raise UserError("--query: the text is empty")
     vectors_RE = model.region_vectors([image], [boxes])[0]

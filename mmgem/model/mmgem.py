@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmgem.config import ModelConfig
+from mmgem.errors import UserError
 from mmgem.images import move_boxes
 from mmgem.model.aggregator import PoolAggregator
 from mmgem.model.language import LanguageModel
@@ -230,6 +231,13 @@ class MMGem(nn.Module):
         use_cache: bool = True,
     ) -> list[str]:
         """Captions from un-normalised image or region vectors: greedy, beams, or nucleus sampling (`do_sample`)."""
+        if num_beams < 1 or max_new_tokens < 1 or not 0 < top_p <= 1 or temperature <= 0:
+            raise UserError(
+                f"captions cannot be written with beams={num_beams}, max_new_tokens={max_new_tokens}, top_p={top_p}, "
+                f"temperature={temperature}: at least 1, at least 1, above 0 and up to 1, above 0"
+            )
+        positions = getattr(self.language.hf.config, "max_position_embeddings", None) or math.inf
+        max_new_tokens = int(min(max_new_tokens, positions - len(self.codec.prefix) - 2))
         options: dict[str, Any] = {
             "num_beams": num_beams,
             "max_new_tokens": max_new_tokens,

@@ -32,7 +32,7 @@ def save_pretrained(model: MMGem, path: Path) -> None:
     """
     from safetensors.torch import save_model
 
-    if path.exists() and not (path.is_dir() and (_is_model(path) or not any(path.iterdir()))):
+    if path.exists() and not (path.is_dir() and (_is_ours(path) or not any(path.iterdir()))):
         raise UserError(f"{path}: holds something other than a model; save to a new or empty folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -116,6 +116,17 @@ def model_folder(path: Path) -> Path:
 
 def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the folder is what `save_pretrained` wrote, and nothing has been put into it since."""
+    if not _is_model(folder) or any(p.is_dir() for p in folder.iterdir()):
+        return False
+    try:
+        tree = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError:
+        return False
+    return isinstance(tree, dict) and "schema" in tree and "model" in tree
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -113,7 +113,7 @@ class BrokenSamples(L.Callback):
         if count >= self.FEWEST and count > self.max_broken * self.seen:
             raise UserError(
                 f"{count} of {self.seen} samples are broken, more than data.max_broken={self.max_broken}; the first: "
-                f"{', '.join(list(self.broken)[:5])}; mend the data or raise the share"
+                f"{', '.join(list(self.broken)[:5])}; raise the share and go on, or mend the data and begin a new run"
             )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -155,9 +155,10 @@ class Checkpoints(L.Callback):
         step = batch_idx + 1
         data.samples_consumed = step * pl_module.stage.global_batch
         due = step % self.config.training.checkpoint_every == 0 or step == pl_module.steps
-        if due or self.signal is not None:
+        stopping = self.signal is not None  # read once: a signal may come between
+        if due or stopping:
             self._save(trainer, step)
-        if self.signal is not None:
+        if stopping:
             trainer.should_stop = True
 
     def _save(self, trainer: L.Trainer, step: int) -> None:

@@ -23,7 +23,7 @@ from mmgem.config import Config, save_config, to_tree
 from mmgem.errors import UserError
 
 # Settings that may differ between the parts of a run without changing its result.
-FREE_SETTINGS = ("run", "training.", "data.workers", "data.path", "data.cache")
+FREE_SETTINGS = ("run", "training.", "data.workers", "data.path", "data.cache", "data.max_broken")
 BOUND_SETTINGS = ("training.precision",)
 
 

@@ -59,6 +59,8 @@ class StageModule(L.LightningModule):
         )
         losses = stage_losses(self.model, out, batch, self.stage)
         loss = out.v_BE.new_zeros((), dtype=torch.float32)
+        if not losses:  # no captions and no boxes in the batch: a step of zeros, so that steps and samples stay in line
+            loss = (out.v_BE.sum() + out.t_ME.sum() + out.hidden_TD.sum()).float() * 0
         for name, value in losses.items():
             loss = loss + getattr(self.stage.loss, name) * value
         if not torch.isfinite(loss):
@@ -72,7 +74,9 @@ class StageModule(L.LightningModule):
         self.last["logit_scale"] = math.exp(self.model.logit_scale.item())
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Here and not in a hook after the batch: checkpoints are saved before that one runs.
         self.model.clamp_logit_scale()
 
     def configure_optimizers(self) -> Any:

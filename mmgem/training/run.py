@@ -141,7 +141,7 @@ def _run_stage(
     checkpoints = Checkpoints(folder, config, steps_before)
     training = config.training
     trainer = L.Trainer(
-        accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[training.device],
+        accelerator={"cpu": "cpu", "cuda": "gpu"}[choose_device(config).type],
         devices=1,
         precision="bf16-mixed" if uses_bf16(config) else "32-true",
         max_epochs=1,

@@ -285,3 +285,13 @@ def test_a_stage_is_named_as_its_folder(name: str):
     }
     with pytest.raises(UserError, match="folder's name"):
         config_from_tree(tree, "here")
+
+
+def test_numbers_that_are_words(tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "run: 2024\ntraining: {precision: 32}\nmodel: {vision: {name: resnet10t}, llm: {config: {model_type: llama}}}\n"
+        "stages: [{name: 1, epochs: 1}]\n"
+    )
+    config = load_config(file, ["training.precision=32"])
+    assert (config.run, config.training.precision, config.stages[0].name) == ("2024", "32", "1")

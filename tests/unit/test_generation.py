@@ -12,6 +12,7 @@ from helpers import LLAMA, build, model_config, picture, shared_model, tokenizer
 from torch import Tensor, nn
 
 from mmgem import MMGem
+from mmgem.errors import UserError
 
 LENGTH = 12
 
@@ -221,3 +222,18 @@ def test_captions_of_pictures_and_of_boxes():
     assert model.caption([]) == [] and model.caption_regions([], []) == []
     assert model.caption_regions(pictures[:1], [[]]) == [[]]
     assert model.write(torch.zeros(0, 32)) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 0},
+        {"max_new_tokens": 0},
+        {"do_sample": True, "top_p": 1.5},
+        {"do_sample": True, "temperature": 0.0},
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any]):
+    model = shared_model()
+    with pytest.raises(UserError, match="captions cannot be written"):
+        model.write(torch.zeros(1, model.config.embed_dim), **options)

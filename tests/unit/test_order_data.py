@@ -325,7 +325,8 @@ def test_ids_of_what_belongs_together():
 
 
 def test_stable_ids():
-    assert stable_id("text", " A Dog ") == stable_id("text", "a dog") != stable_id("image", "a dog")
+    assert stable_id("text", "a dog") == stable_id("text", "a dog") != stable_id("image", "a dog")
+    assert stable_id("image", "aB") != stable_id("image", "Ab")  # two files
     assert stable_id("entity", "a", "bc") != stable_id("entity", "ab", "c")
     assert 0 <= stable_id("x") < 1 << 62
     assert stable_id("image", "key000") == 1132960956923121709  # the same in every process and version

@@ -325,3 +325,18 @@ def test_a_folder_left_aside_by_a_crash_is_cleared(saved: Path):
     replace_folder(new, saved)
     assert contents(saved) == {"file": b"y"}
     assert not aside.exists() and not new.exists()
+
+
+def test_a_checkpoint_of_hugging_face_and_a_model_with_a_report_are_not_replaced(tmp_path: Path):
+    theirs = tmp_path / "tinyllama"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "llama"}')
+    (theirs / "model.safetensors").write_bytes(b"theirs")
+    ours = tmp_path / "ours"
+    shared_model().save_pretrained(ours)
+    (ours / "report").mkdir()
+    for folder in (theirs, ours):
+        before = contents(folder)
+        with pytest.raises(UserError, match="something other than a model"):
+            shared_model().save_pretrained(folder)
+        assert contents(folder) == before
