@@ -311,7 +311,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
 
 def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin long while they wait starve each other when another program shares the cores: a step on two busy
-    # cores then takes up to 15 times as long. Read when torch is imported, hence here.
+    # cores then takes many times as long. Read when torch is imported, hence here.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     parser = argparse.ArgumentParser(
         prog="mmgem", description="One model that retrieves and writes, for images and boxes of them."
