@@ -112,6 +112,13 @@ def test_ctrl_c_reaches_the_workers_too(tiny: Tiny, unbroken: Path, tmp_path: Pa
     assert_same_run(run, unbroken)
 
 
+def test_another_share_of_broken_samples_is_no_other_run(tiny: Tiny, copy: Path, unbroken: Path) -> None:
+    """The share decides only when a run gives up, so a run that gave up can go on."""
+    interrupt(copy, 20)
+    assert tiny.train(copy, *RANDOM, KEEP, "data.max_broken=0.5", resume="auto") == 0
+    assert_same_run(copy, unbroken)
+
+
 def test_second_ctrl_c_stops_at_once(tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = Process(*tiny.arguments(run, "stages.0.global_batch=96", "stages.0.samples=96000"))

@@ -166,7 +166,13 @@ def test_logit_scale_is_clamped(tiny: Tiny, model: Path, tmp_path: Path) -> None
     hot = MMGem.from_pretrained(model)
     hot.logit_scale.data.fill_(6.0)
     hot.save_pretrained(tmp_path / "hot")
-    assert tiny.train(tmp_path / "run", f"init_from={tmp_path / 'hot'}", SIX) == 0
+    every = ("training.checkpoint_every=1", "training.keep_checkpoints=100")
+    assert tiny.train(tmp_path / "run", f"init_from={tmp_path / 'hot'}", SIX, *every) == 0
+    checkpoints = sorted((tmp_path / "run/checkpoints").glob("step-*.ckpt"))
+    assert len(checkpoints) == 6
+    for checkpoint in checkpoints:
+        state = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert state["model.logit_scale"].item() <= math.log(100) + 1e-6, checkpoint.name
     scales = [line["logit_scale"] for line in figures(tmp_path / "run")]
     assert scales[0] == pytest.approx(math.exp(6)) and max(scales[1:]) <= 100.001
     assert weights(tmp_path / "run/model")["logit_scale"].item() <= math.log(100) + 1e-6
