@@ -10,10 +10,10 @@ A tower may be cut in two: `trunk` (frozen for good, its output can be cached) a
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
 import pickle
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class TimmTower(VisionTower):
         self.is_vit = hasattr(model, "blocks") and hasattr(model, "patch_embed") and hasattr(model, "num_prefix_tokens")
         if config.gradient_checkpointing:
             model.set_grad_checkpointing(True)
-        self.has_depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in model.modules())
+        train_depthwise_in_fp32(model)
         # Convolutions on CPU and on tensor cores are 1.3 to 3 times faster in this layout.
         self.layout = torch.contiguous_format if self.is_vit else torch.channels_last
         model.to(memory_format=self.layout)
@@ -145,17 +145,11 @@ class TimmTower(VisionTower):
         if not self.config.train_from:
             return hidden
         hidden = hidden.contiguous(memory_format=self.layout)
-        with self._fp32_on_cpu(hidden):
-            if hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
-                hidden = hidden.to(next(self.parameters()).dtype)
-            for layer in self._layers()[self.cut :]:
-                hidden = layer(hidden)
+        if hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(next(self.parameters()).dtype)
+        for layer in self._layers()[self.cut :]:
+            hidden = layer(hidden)
         return hidden
-
-    def _fp32_on_cpu(self, x: Tensor) -> AbstractContextManager[Any]:
-        """On CPU the backward of depthwise convolutions is slower in bf16 than in fp32: they train in fp32."""
-        slow = x.device.type == "cpu" and self.has_depthwise and torch.is_grad_enabled()
-        return torch.autocast("cpu", enabled=False) if slow else nullcontext()
 
     def set_patch_dropout(self, share: float) -> None:
         from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
@@ -177,8 +171,7 @@ class TimmTower(VisionTower):
         images_B3SS = images_B3SS.contiguous(memory_format=self.layout)
         layer = self.config.layer
         if layer is None and not self.is_vit:
-            with self._fp32_on_cpu(images_B3SS):
-                map_BCHW = self.model.forward_features(images_B3SS)
+            map_BCHW = self.model.forward_features(images_B3SS)
             if map_BCHW.ndim != 4:
                 raise UserError(f"model.vision.name={self.config.name}: gives no map of places; choose a CNN or a ViT")
             return map_BCHW.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else map_BCHW
@@ -263,6 +256,26 @@ def create_timm(config: VisionConfig, load_weights: bool = True) -> Any:
         assert weights is not None
         _load_state(model, Path(weights))
     return model
+
+
+class _TrainsInFp32(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+def train_depthwise_in_fp32(model: nn.Module) -> None:
+    """On CPU the backward of a depthwise convolution is slower in bf16 than in fp32, unlike that of a pointwise one."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            module.__class__ = _in_fp32(type(module))
+
+
+@functools.cache
+def _in_fp32(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    return type(kind.__name__, (_TrainsInFp32, kind), {})
 
 
 def _load_state(model: nn.Module, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from helpers import CNN, assert_same_gradients, clip_vit, cnn, gradients, timm_vit
 from PIL import Image
@@ -493,3 +495,19 @@ def test_the_tower_is_that_classifier_without_its_head(dogs: list[Image.Image]):
 def test_arguments_that_timm_cannot_use_are_the_users_error():
     with pytest.raises(UserError, match="timm could not make resnet10t"):
         create_tower(cnn(config={"no_such_argument": 8}))
+
+
+def test_on_cpu_depthwise_convolutions_train_in_fp32_and_pointwise_in_bf16():
+    tower = create_tower(VisionConfig(name="mobilenetv2_035", image_size=64))
+    plain = timm.create_model("mobilenetv2_035", num_classes=0)
+    assert tower.model.state_dict().keys() == plain.state_dict().keys(), "another class, the same weights"
+    kinds: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    for module in tower.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, _, out: kinds[m.groups > 1].add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        copy.deepcopy(tower)(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert kinds == {True: {torch.float32}, False: {torch.bfloat16}}
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        tower(torch.randn(2, 3, 64, 64))
+    assert torch.bfloat16 in kinds[True], "without a backward bf16 is the faster one"
