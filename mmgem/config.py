@@ -89,7 +89,7 @@ class ModelConfig:
     head_dropout: float = 0.0
     """Dropout on what h2 and h3 receive, in training."""
     token_dropout: float = 0.0
-    """Share of the caption stream's input words hidden in training (their embedding zeroed)."""
+    """Share of the input words of both streams hidden in training (their embedding zeroed)."""
     max_tokens: int = 64
     """Limit of a text's own tokens; longer ones are cut (before [EMB]) and counted."""
 

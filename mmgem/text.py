@@ -128,8 +128,8 @@ class PackedTexts:
     """Where each text's [EMB] stands."""
     visual_index_M: Tensor
     """Where each text's V_in goes."""
-    word_index_T: Tensor
-    """The caption streams' own words (inputs, without [BOS], V_in and [CAP])."""
+    word_index_W: Tensor
+    """The texts' own words in both streams (inputs, without [BOS], V_in, [CAP] and [EMB])."""
     label_index_T: Tensor
     """The positions that predict: from [CAP] to the last word."""
     labels_T: Tensor
@@ -178,6 +178,7 @@ def pack_texts(
         flat = row * row_tokens + start
         if is_emb:
             emb_index[m] = flat + len(ids) - 1
+            words.append(np.arange(flat + before, flat + len(ids) - 1))
             continue
         visual_index[m] = flat + before
         words.append(np.arange(flat + before + 2, flat + len(ids)))
@@ -190,7 +191,7 @@ def pack_texts(
         position_nL=torch.from_numpy(position_nL),
         emb_index_M=torch.from_numpy(emb_index),
         visual_index_M=torch.from_numpy(visual_index),
-        word_index_T=_joined(words),
+        word_index_W=_joined(words),
         label_index_T=_joined(label_index),
         labels_T=torch.tensor(labels, dtype=torch.int64),
         label_text_T=_joined(label_text),

@@ -121,10 +121,10 @@ class MMGem(nn.Module):
 
         embedded_nLD = self.language.embed(texts.ids_nL)
         flat_ND = embedded_nLD.flatten(0, 1)
-        if len(texts.word_index_T) and self.training and self.config.token_dropout:
-            kept_T = torch.rand(len(texts.word_index_T), device=flat_ND.device) >= self.config.token_dropout
+        if len(texts.word_index_W) and self.training and self.config.token_dropout:
+            kept_W = torch.rand(len(texts.word_index_W), device=flat_ND.device) >= self.config.token_dropout
             kept_N = torch.ones(len(flat_ND), device=flat_ND.device, dtype=flat_ND.dtype)
-            flat_ND = flat_ND * kept_N.index_put((texts.word_index_T,), kept_T.to(flat_ND.dtype))[:, None]
+            flat_ND = flat_ND * kept_N.index_put((texts.word_index_W,), kept_W.to(flat_ND.dtype))[:, None]
         if len(texts.visual_index_M):
             visual_MD = self.h3(self._head_dropout(torch.cat([v_BE, r_RE]))[text_vector_M])
             flat_ND = flat_ND.index_put((texts.visual_index_M,), visual_MD.to(flat_ND.dtype))

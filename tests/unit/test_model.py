@@ -194,7 +194,7 @@ def test_dropout_is_in_training_only():
     for settings, moved in (
         ({"visual_dropout": 0.5}, {"v_BE", "r_RE", "hidden_TD"}),
         ({"head_dropout": 0.5}, {"t_ME", "hidden_TD"}),
-        ({"token_dropout": 0.5}, {"hidden_TD"}),
+        ({"token_dropout": 0.5}, {"t_ME", "hidden_TD"}),
     ):
         model = build(model_config(vision=clip_vit(), **settings)).train()  # a tower without batch norm
         torch.manual_seed(1)
@@ -213,7 +213,7 @@ def test_token_dropout_hides_words_and_nothing_else():
     out = model(**{**one_image, "texts": texts})
     first, second = (out.hidden_TD[texts.label_text_T == m] for m in (0, 1))
     assert distance(first, second) < 1e-5  # no word is left to tell them apart …
-    assert torch.dist(out.t_ME[0], out.t_ME[1]) > 0.1  # … in the caption stream
+    assert distance(out.t_ME[0], out.t_ME[1]) < 1e-5  # … in either stream
     out = model(**{**one_image, "texts": texts, "text_vector_M": torch.tensor([0, 1])})
     first, second = (out.hidden_TD[texts.label_text_T == m] for m in (0, 1))
     assert torch.dist(first, second) > 0.1  # the image is still seen

@@ -300,8 +300,8 @@ def test_a_batch_says_which_text_describes_what():
     assert batch.boxes_R4.shape == (3, 4)
     assert batch.caption_owner_M.tolist() == batch.image_id_B[[0, 0, 1]].tolist()
     words = ["one", "two", "three", "x", "y", "z"]
-    ids = batch.texts.ids_nL.flatten()[batch.texts.word_index_T].tolist()
-    assert ids == [i for text in codec().encode(words)[0] for i in text]
+    ids = batch.texts.ids_nL.flatten()[batch.texts.word_index_W].tolist()
+    assert ids == [i for text in codec().encode(words)[0] for i in text] * 2  # in both streams
     assert torch.equal(batch.boxes_R4, torch.cat([i.boxes_R4 for i in items if isinstance(i, Item)]))
 
 

@@ -159,7 +159,7 @@ def test_the_indices_point_where_they_should():
     assert segment_N[packed.visual_index_M].tolist() == list(range(M, 2 * M))
     assert (ids_N[packed.visual_index_M + 1] == codes.cap_id).all()
     assert (ids_N[packed.visual_index_M - 1] == codes.bos_id).all()
-    assert ids_N[packed.word_index_T].tolist() == [i for t in texts for i in t]
+    assert ids_N[packed.word_index_W].tolist() == [i for t in texts for i in t] * 2  # one stream after the other
     for m, text in enumerate(texts):
         mine = packed.label_text_T == m
         assert packed.labels_T[mine].tolist() == [*text, codes.eos_id]
@@ -184,7 +184,7 @@ def test_a_stream_that_is_not_asked_for_leaves_empty_indices():
     texts, codes = random_ids(5, 8, 2), codec()
     read = pack_texts(texts, codes, 32, write=False)
     assert len(read.emb_index_M) == 5
-    for name in ("visual_index_M", "word_index_T", "label_index_T", "labels_T", "label_text_T"):
+    for name in ("visual_index_M", "label_index_T", "labels_T", "label_text_T"):
         assert getattr(read, name).shape == (0,) and getattr(read, name).dtype == torch.int64, name
     assert pack_texts(texts, codes, 32, embed=False).emb_index_M.shape == (0,)
     nothing = pack_texts([], codes, 32)
