@@ -259,11 +259,11 @@ def create_timm(config: VisionConfig, load_weights: bool = True) -> Any:
 
 
 class _TrainsInFp32(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu" or not torch.is_grad_enabled() or not torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
         with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float())
+            return super().forward(input.float())
 
 
 def train_depthwise_in_fp32(model: nn.Module) -> None:
