@@ -145,6 +145,8 @@ class StageConfig:
     clip_grad: float = 1.0
     freeze: list[Literal["vision", "llm", "projections"]] = field(default_factory=list)
     loss: LossConfig = field(default_factory=LossConfig)
+    image_size: int | None = None
+    """Side of the pictures in this stage; null: the tower's. Smaller is cheaper, and makes up for crops' magnifying."""
     patch_dropout: float = 0.0
     """Share of a ViT's patches left out in training; only without regions."""
     cached_views: int = 0
@@ -399,6 +401,7 @@ def _check_stage(stage: StageConfig, vision: VisionConfig, at: str) -> None:
     refuse(stage.captions_per_image < 1, "captions_per_image must be at least 1")
     refuse(stage.max_regions < 0, "max_regions must be 0 or more")
     refuse(stage.lr <= 0, "lr must be above 0")
+    refuse(stage.image_size is not None and stage.image_size < 1, "image_size must be at least 1, or null")
     for name in ("weight_decay", "clip_grad", "cached_views"):
         refuse(getattr(stage, name) < 0, f"{name} must be 0 or more")
     refuse(not all(0 <= beta < 1 for beta in stage.betas), "betas must be at least 0 and below 1")

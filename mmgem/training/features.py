@@ -78,6 +78,7 @@ class _Views(Dataset):
 
 def feature_cache(
     tower: VisionTower,
+    preprocess: Preprocess,
     dataset: ShardedDataset,
     data: DataConfig,
     seed: int,
@@ -87,14 +88,14 @@ def feature_cache(
     bf16: bool = False,
 ) -> FeatureCache:
     """Finds the cache under `root`, or makes it (in bf16 autocast if asked; kept as fp16 either way)."""
-    folder = root / _fingerprint(tower, dataset, data, seed, views, bf16)
+    folder = root / _fingerprint(tower, preprocess, dataset, data, seed, views, bf16)
     meta_file = folder / "meta.json"
     meta = json.loads(meta_file.read_text()) if meta_file.is_file() else {"done": 0, "broken": {}}
     if meta["done"] < len(dataset):
         folder.mkdir(parents=True, exist_ok=True)
         _build(
             tower.to(device).eval(),
-            _Views(dataset, data, tower.preprocess(), seed, views, meta["done"]),
+            _Views(dataset, data, preprocess, seed, views, meta["done"]),
             meta,
             folder,
             device,
@@ -107,7 +108,7 @@ def feature_cache(
 def _build(
     tower: VisionTower, source: _Views, meta: dict[str, Any], folder: Path, device: torch.device, bf16: bool
 ) -> None:
-    size, total = tower.config.image_size, len(source.dataset)
+    size, total = source.preprocess.size, len(source.dataset)
     probe = tower.trunk(torch.zeros(1, 3, size, size, device=device))
     file, shape = folder / "features.npy", (total, source.views, *probe.shape[1:])
     needed = 2 * int(np.prod(shape))
@@ -145,7 +146,13 @@ def _build(
 
 
 def _fingerprint(
-    tower: VisionTower, dataset: ShardedDataset, data: DataConfig, seed: int, views: int, bf16: bool
+    tower: VisionTower,
+    preprocess: Preprocess,
+    dataset: ShardedDataset,
+    data: DataConfig,
+    seed: int,
+    views: int,
+    bf16: bool,
 ) -> str:
     digest = hashlib.sha256()
     frozen = tower.frozen_parameters() or list(tower.parameters())
@@ -153,7 +160,7 @@ def _fingerprint(
         digest.update(parameter.detach().float().cpu().numpy().tobytes())
     facts = [
         dataset.checksum,
-        tower.preprocess(),
+        preprocess,
         tower.config,
         data.flip,
         data.crop_scale,

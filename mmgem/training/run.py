@@ -6,6 +6,7 @@ what `RunFolder.begin`, the data and the model refuse.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shlex
@@ -25,6 +26,7 @@ from mmgem.data.datamodule import StageData, open_split, refuse_missing_regions,
 from mmgem.data.samples import SampleError, decode_image
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
+from mmgem.images import Preprocess
 from mmgem.model import MMGem
 from mmgem.model.pretrained import load_weights, model_folder
 from mmgem.progress import track
@@ -117,6 +119,7 @@ def _build(
             raise UserError(f"{checkpoint}: is of stage {state.stage + 1}, the config has {len(config.stages)}")
     model.vision.set_patch_dropout(max(stage.patch_dropout for stage in config.stages))  # refused now or never
     model.vision.set_patch_dropout(0)
+    _refuse_picture_sizes(config, model)
     return model, state
 
 
@@ -131,12 +134,14 @@ def _run_stage(
     checkpoint: str | None,
 ) -> int | None:
     """Trains one stage. Gives the signal that stopped it, if one did."""
-    cache = None
+    cache, preprocess = None, stage_preprocess(model, stage)
     if stage.cached_views:
         root = Path(config.data.cache) if config.data.cache else folder.path / "cache"
         device, bf16 = choose_device(config), uses_bf16(config)
-        cache = feature_cache(model.vision, dataset, config.data, config.seed, stage.cached_views, root, device, bf16)
-    data = StageData(dataset, model.codec, model.preprocess, config.data, stage, config.seed, cache)
+        cache = feature_cache(
+            model.vision, preprocess, dataset, config.data, config.seed, stage.cached_views, root, device, bf16
+        )
+    data = StageData(dataset, model.codec, preprocess, config.data, stage, config.seed, cache)
     module = StageModule(model, stage, number, data.steps, config.seed, from_trunk=cache is not None)
     checkpoints = Checkpoints(folder, config, steps_before)
     training = config.training
@@ -161,6 +166,27 @@ def _run_stage(
     )
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return checkpoints.signal
+
+
+def stage_preprocess(model: MMGem, stage: StageConfig) -> Preprocess:
+    """The tower's preprocessing, at the stage's size."""
+    return dataclasses.replace(model.preprocess, size=stage.image_size or model.preprocess.size)
+
+
+@torch.no_grad()
+def _refuse_picture_sizes(config: Config, model: MMGem) -> None:
+    model.eval()
+    for stage in config.stages:
+        if stage.image_size is None:
+            continue
+        try:
+            model.vision(torch.zeros(1, 3, stage.image_size, stage.image_size, device=model.device))
+        except (RuntimeError, AssertionError, ValueError) as e:
+            why = " ".join(str(e).split())[:150]
+            raise UserError(
+                f"stage {stage.name}: image_size={stage.image_size}: the tower is built for pictures of "
+                f"{config.model.vision.image_size} ({why}); leave image_size out"
+            ) from e
 
 
 def make_tokenizer(config: Config, dataset: ShardedDataset, folder: RunFolder, fresh: bool) -> Any:

@@ -48,6 +48,24 @@ def test_cached_training_equals_uncached(tiny: Tiny, tmp_path: Path, vision: str
     assert not (tmp_path / "1/cache").exists(), "the disk is given back"
 
 
+def test_a_stage_has_its_own_picture_size(tiny: Tiny, tmp_path: Path) -> None:
+    """Cached or not, with the same losses, and other ones than at the tower's size (64)."""
+    runs = {}
+    for name, extra in {"64": "", "96": "image_size: 96", "96 cached": "image_size: 96, cached_views: 1"}.items():
+        assert tiny.train(tmp_path / name, STAGE % extra, CUT, f"data.cache={tmp_path}/cache") == 0
+        runs[name] = [line["loss"] for line in figures(tmp_path / name)]
+    assert runs["96 cached"] == pytest.approx(runs["96"], rel=5e-3)
+    assert runs["64"] != pytest.approx(runs["96"], rel=5e-3)
+    assert np.load(next(tmp_path.glob("cache/*/features.npy")), mmap_mode="r").shape[-2:] == (6, 6)
+    assert MMGem.from_pretrained(tmp_path / "96").preprocess.size == 64, "the model's own size is the tower's"
+
+
+def test_a_tower_of_one_size_is_refused_another(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vit = "model.vision={name: vit_tiny_patch16_224, image_size: 64}"
+    assert tiny.train(tmp_path / "run", STAGE % "image_size: 96", vit) != 0
+    assert "stage only: image_size=96: the tower is built for pictures of 64" in capsys.readouterr().err
+
+
 def build(tiny: Tiny, *overrides: str) -> tuple[Config, MMGem, ShardedDataset]:
     config = load_config(CONFIG, [CUT, f"data.path={tiny.data}", *overrides])
     torch.manual_seed(0)
@@ -55,7 +73,8 @@ def build(tiny: Tiny, *overrides: str) -> tuple[Config, MMGem, ShardedDataset]:
 
 
 def cache_of(config: Config, model: MMGem, dataset: ShardedDataset, root: Path, views: int = 1) -> FeatureCache:
-    return feature_cache(model.vision, dataset, config.data, config.seed, views, root, torch.device("cpu"))
+    preprocess, device = model.preprocess, torch.device("cpu")
+    return feature_cache(model.vision, preprocess, dataset, config.data, config.seed, views, root, device)
 
 
 def test_first_view_is_the_plain_picture(tiny: Tiny, tmp_path: Path) -> None:
