@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,31 @@ def test_help_answers_in_a_second() -> None:
         times.append(time.monotonic() - start)
     assert min(times) < 1
     assert all(f"\n    {name} " in done.stdout for name in COMMANDS)
+
+
+PAGES = """
+import contextlib, io, resource, sys
+if sys.argv[1] == "mmgem":
+    from mmgem.cli import main
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main(["--version"])
+counts = []
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(2**26)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*counts)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    """The pages of a large block are faulted in once, not each time that it is asked for again."""
+    faults = {}
+    for who in ("python", "mmgem"):
+        done = subprocess.run([sys.executable, "-c", PAGES, who], capture_output=True, text=True, check=True)
+        faults[who] = [int(n) for n in done.stdout.split()]
+    assert min(faults["python"][1:]) > 30 * max(1, *faults["mmgem"][1:])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
