@@ -143,6 +143,8 @@ class StageConfig:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     clip_grad: float = 1.0
+    ema: float = 0.0
+    """Decay a step of the weights' exponential moving average, which the stage then ends with; 0: none is kept."""
     freeze: list[Literal["vision", "llm", "projections"]] = field(default_factory=list)
     loss: LossConfig = field(default_factory=LossConfig)
     image_size: int | None = None
@@ -408,6 +410,7 @@ def _check_stage(stage: StageConfig, vision: VisionConfig, at: str) -> None:
     refuse(any(factor < 0 for factor in stage.lr_scale.values()), "lr_scale: a factor is below 0")
     for name in ("warmup", "min_lr"):
         refuse(not 0 <= getattr(stage, name) <= 1, f"{name} is a share, from 0 to 1")
+    refuse(not 0 <= stage.ema < 1, "ema is a decay, at least 0 (no average) and below 1")
     unknown = sorted(set(stage.lr_scale) - set(PARTS))
     refuse(bool(unknown), f"lr_scale: unknown part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
     loss = stage.loss

@@ -20,6 +20,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from mmgem.config import Config, StageConfig
 from mmgem.data.datamodule import StageData, open_split, refuse_missing_regions, stage_steps
@@ -156,6 +157,8 @@ def _run_stage(
             StepLog(folder, steps_before),
             BrokenSamples(config.data.max_broken),
             CaptionSamples(folder, sample_pictures(config, dataset), training.sample_every, steps_before),
+            # Before the checkpoints, which hold it. Buffers follow the model: an average of counters is none.
+            *([EMAWeightAveraging(decay=stage.ema, use_buffers=False)] if stage.ema else []),
             checkpoints,
         ],
         enable_checkpointing=False,

@@ -13,8 +13,10 @@ from tiny import STEPS, Process, Tiny, figures, read_lines, same_bits, weights
 
 from mmgem.cli import main
 
-# All that draws random numbers is on.
+# All that draws random numbers, or keeps a state of its own, is on.
 RANDOM = (
+    "stages.0.ema=0.9",
+    "stages.1.ema=0.7",
     "model.visual_dropout=0.1",
     "model.head_dropout=0.1",
     "model.vision.standardise=true",

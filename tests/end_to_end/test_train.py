@@ -178,6 +178,25 @@ def test_logit_scale_is_clamped(tiny: Tiny, model: Path, tmp_path: Path) -> None
     assert weights(tmp_path / "run/model")["logit_scale"].item() <= math.log(100) + 1e-6
 
 
+def test_the_moving_average_is_what_a_stage_ends_with(tiny: Tiny, tmp_path: Path) -> None:
+    """Against the same run without one, whose weights after each step are averaged here. Training does not notice."""
+    every = ("training.checkpoint_every=1", "training.keep_checkpoints=6")
+    assert tiny.train(tmp_path / "plain", SIX, *every) == 0
+    assert tiny.train(tmp_path / "ema", stage("ema: 0.8"), *every) == 0
+    assert figures(tmp_path / "ema") == figures(tmp_path / "plain")
+    states = [torch.load(c)["state_dict"] for c in sorted((tmp_path / "plain/checkpoints").iterdir())]
+    assert len(states) == 6
+    found = MMGem.from_pretrained(tmp_path / "ema")
+    for name, parameter in found.named_parameters():
+        mean = states[0][f"model.{name}"]
+        for state in states[1:]:
+            mean = 0.8 * mean + 0.2 * state[f"model.{name}"]
+        torch.testing.assert_close(parameter, mean, rtol=1e-4, atol=1e-6)
+    assert not same_bits(weights(tmp_path / "ema/model"), weights(tmp_path / "plain/model"))
+    buffers = dict(MMGem.from_pretrained(tmp_path / "plain").named_buffers())
+    assert all(torch.equal(b, buffers[name]) for name, b in found.named_buffers()), "those follow the model"
+
+
 def test_a_loss_that_is_off_is_not_computed(tiny: Tiny, tmp_path: Path) -> None:
     for name, off in (("gen", "emb"), ("emb", "gen")):
         settings = stage(f"loss: {{{off}: 0}}").replace("96", "32")
