@@ -56,11 +56,9 @@ class FeatureCache:
 class _Views(Dataset):
     """Sample number -> V x 3 x S x S, or the reason why not."""
 
-    def __init__(
-        self, dataset: ShardedDataset, data: DataConfig, preprocess: Preprocess, seed: int, views: int, first: int
-    ):
+    def __init__(self, dataset: ShardedDataset, data: DataConfig, preprocess: Preprocess, seed: int, views: int):
         self.dataset, self.data, self.preprocess = dataset, data, preprocess
-        self.seed, self.views, self.first = seed, views, first
+        self.seed, self.views, self.first = seed, views, 0
 
     def __len__(self) -> int:
         return len(self.dataset) - self.first
@@ -88,19 +86,14 @@ def feature_cache(
     bf16: bool = False,
 ) -> FeatureCache:
     """Finds the cache under `root`, or makes it (in bf16 autocast if asked; kept as fp16 either way)."""
-    folder = root / _fingerprint(tower, preprocess, dataset, data, seed, views, bf16)
+    source = _Views(dataset, data, preprocess, seed, views)
+    folder = root / _fingerprint(tower, source, bf16)
     meta_file = folder / "meta.json"
     meta = json.loads(meta_file.read_text()) if meta_file.is_file() else {"done": 0, "broken": {}}
     if meta["done"] < len(dataset):
         folder.mkdir(parents=True, exist_ok=True)
-        _build(
-            tower.to(device).eval(),
-            _Views(dataset, data, preprocess, seed, views, meta["done"]),
-            meta,
-            folder,
-            device,
-            bf16,
-        )
+        source.first = meta["done"]
+        _build(tower.to(device).eval(), source, meta, folder, device, bf16)
     return FeatureCache(folder)
 
 
@@ -145,29 +138,13 @@ def _build(
                 write_atomically(folder / "meta.json", json.dumps(meta))
 
 
-def _fingerprint(
-    tower: VisionTower,
-    preprocess: Preprocess,
-    dataset: ShardedDataset,
-    data: DataConfig,
-    seed: int,
-    views: int,
-    bf16: bool,
-) -> str:
+def _fingerprint(tower: VisionTower, source: _Views, bf16: bool) -> str:
     digest = hashlib.sha256()
     frozen = tower.frozen_parameters() or list(tower.parameters())
     for parameter in frozen:
         digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    facts = [
-        dataset.checksum,
-        preprocess,
-        tower.config,
-        data.flip,
-        data.crop_scale,
-        data.color_jitter,
-        seed,
-        views,
-        bf16,
-    ]
+    data = source.data
+    augmentation = [data.flip, data.crop_scale, data.color_jitter]
+    facts = [source.dataset.checksum, source.preprocess, tower.config, *augmentation, source.seed, source.views, bf16]
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:16]
