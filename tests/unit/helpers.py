@@ -17,6 +17,7 @@ from mmgem import MMGem
 from mmgem.config import LlmConfig, ModelConfig, VisionConfig
 from mmgem.data.samples import Region, Sample
 from mmgem.data.shards import ShardWriter
+from mmgem.model.vision import create_tower
 from mmgem.text import TextCodec, train_tokenizer
 
 TEXTS = (
@@ -66,6 +67,11 @@ def clip_vit(**changes: Any) -> VisionConfig:
     return VisionConfig(**{"library": "open_clip", "config": config, "image_size": 64, **changes})
 
 
+def tower(config: VisionConfig) -> Any:
+    torch.manual_seed(0)
+    return create_tower(config).eval()
+
+
 def model_config(llm: dict[str, Any] | None = None, attention: Any = "sdpa", **changes: Any) -> ModelConfig:
     return ModelConfig(
         **{
@@ -97,6 +103,10 @@ def picture(number: int, width: int = 80, height: int = 60) -> Image.Image:
     """Smooth random colours: no two alike, and JPEG keeps them well."""
     rough = np.random.default_rng(number).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def pixels(count: int = 2, size: int = 64) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
 def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
