@@ -346,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _keep_freed_memory() -> None:
     """glibc hands large freed blocks back to the kernel, and every step pays the page faults for them anew.
 
-    On CPU that is a tenth of a training step and half of an evaluation. Another libc is left as it is.
+    Kept, they cost a higher peak of memory. Another libc is left as it is.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -148,7 +148,7 @@ class StageConfig:
     freeze: list[Literal["vision", "llm", "projections"]] = field(default_factory=list)
     loss: LossConfig = field(default_factory=LossConfig)
     image_size: int | None = None
-    """Side of the pictures in this stage; null: the tower's. Smaller is cheaper, and makes up for crops' magnifying."""
+    """Side of the pictures in this stage; null: the tower's. Smaller is cheaper."""
     patch_dropout: float = 0.0
     """Share of a ViT's patches left out in training; only without regions."""
     cached_views: int = 0

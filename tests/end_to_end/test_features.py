@@ -60,9 +60,17 @@ def test_a_stage_has_its_own_picture_size(tiny: Tiny, tmp_path: Path) -> None:
     assert MMGem.from_pretrained(tmp_path / "96").preprocess.size == 64, "the model's own size is the tower's"
 
 
-def test_a_tower_of_one_size_is_refused_another(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    vit = "model.vision={name: vit_tiny_patch16_224, image_size: 64}"
-    assert tiny.train(tmp_path / "run", STAGE % "image_size: 96", vit) != 0
+VITS = {
+    "timm": "{name: vit_tiny_patch16_224, image_size: 64}",
+    "open_clip": "{library: open_clip, config: {layers: 1, width: 32, head_width: 16, patch_size: 16}, image_size: 64}",
+}
+
+
+@pytest.mark.parametrize("vit", VITS.values(), ids=VITS.keys())
+def test_a_tower_of_one_size_is_refused_another(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], vit: str
+) -> None:
+    assert tiny.train(tmp_path / "run", STAGE % "image_size: 96", f"model.vision={vit}") == 2
     assert "stage only: image_size=96: the tower is built for pictures of 64" in capsys.readouterr().err
 
 

@@ -215,6 +215,8 @@ def test_wrong_types_are_refused_with_their_place(file: Path, override: str, pla
         (["stages.0.captions_per_image=0"], "captions_per_image must be at least 1"),
         (["stages.0.max_regions=-1"], "max_regions must be 0 or more"),
         (["stages.0.lr=0"], "lr must be above 0"),
+        (["stages.0.image_size=0"], "image_size must be at least 1, or null"),
+        (["stages.0.ema=1"], "ema is a decay, at least 0"),
         (["stages.0.warmup=2"], "warmup is a share, from 0 to 1"),
         (["stages.0.lr_scale={tower: 0.1}"], "lr_scale: unknown part tower; the parts are vision, llm, projections"),
         (["stages.0.loss={emb: 0, gen: 0}"], r"stages.0 \(one\): loss: all weights that count here are 0"),
