@@ -41,6 +41,9 @@ class VisionConfig:
     """open_clip only: a model config in open_clip's JSON form, which replaces `name`."""
     layer: int | None = None
     """Which block's output is the feature map: null for the last with its norm, else an index, e.g. -2."""
+    join: list[str] = field(default_factory=list)
+    """timm towers that are a plain sequence: modules whose maps join the last one's channels, e.g. [blocks.4]; finer
+    ones are averaged to its grid."""
     train_from: str | None = None
     """timm towers that are a plain sequence: the first module that may train, e.g. `blocks.5`."""
     image_size: int = 224
@@ -62,6 +65,11 @@ class LlmConfig:
     """A hub id or a local folder; null: random weights from `config`."""
     config: dict[str, Any] = field(default_factory=dict)
     """Architecture, as in a Hugging Face config.json (`model_type`, `hidden_size` …). `name`, if given, must agree."""
+    average_init: float = 0.0
+    """Above 0, a random LLM of llama's layout starts as an average of its words instead of as a random mixture: the
+    share of the average that each layer's attention adds."""
+    embedding_init: float | None = None
+    """Deviation of a random LLM's first word vectors; null: the architecture's own."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
 
@@ -84,6 +92,8 @@ class ModelConfig:
     """RoIAlign's output grid, averaged to one vector."""
     roi_sampling: int = -1
     """Sampling points an output bin and axis; -1: one a cell of the map, rounded up."""
+    h1_init: float = 1.0
+    """Size of h1's random first weights, as a share of in_features^-0.5; small: what is learned soon outweighs them."""
     visual_dropout: float = 0.0
     """Dropout on what h1 receives, in training."""
     head_dropout: float = 0.0
@@ -358,6 +368,14 @@ def _check(config: Config, source: str) -> None:
     )
     for name in ("visual_dropout", "head_dropout", "token_dropout"):
         refuse(not 0 <= getattr(model, name) < 1, f"model.{name} must be at least 0 and below 1")
+    refuse(not 0 < model.h1_init <= 1, "model.h1_init must be above 0 and at most 1")
+    llm = model.llm
+    refuse(llm.average_init < 0, "model.llm.average_init must be 0 (off) or more")
+    refuse(llm.embedding_init is not None and llm.embedding_init <= 0, "model.llm.embedding_init must be above 0")
+    refuse(
+        llm.name is not None and (llm.average_init > 0 or llm.embedding_init is not None),
+        "model.llm: average_init and embedding_init are for random LLMs; leave them out where name is given",
+    )
     for name in ("embed_dim", "roi_size"):
         refuse(getattr(model, name) < 1, f"model.{name} must be at least 1")
     for name in ("max_broken", "flip", "color_jitter"):
@@ -377,6 +395,10 @@ def _check(config: Config, source: str) -> None:
     refuse(
         vision.library == "timm" and vision.config_file is not None,
         "model.vision.config_file is for open_clip; for timm give name and config",
+    )
+    refuse(
+        vision.library == "open_clip" and bool(vision.train_from or vision.join),
+        "model.vision: train_from and join are for timm's towers; leave them out, and freeze vision as a whole",
     )
     refuse(vision.library == "timm" and not vision.name, "model.vision.name is missing (a timm model name)")
     refuse(

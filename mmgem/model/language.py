@@ -7,6 +7,7 @@ Refuses models whose packed segments see each other (found by trying) and config
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from mmgem.config import LlmConfig
 from mmgem.errors import UserError
 from mmgem.text import TextCodec
+
+SELF_ATTENTION = 0.4
+"""Of queries and keys that start as identities: a word then sees itself about as much as all others together."""
 
 
 class LanguageModel(nn.Module):
@@ -32,6 +36,8 @@ class LanguageModel(nn.Module):
         table = self.hf.get_input_embeddings().weight
         std = 0.02 if table.is_meta else float(table.detach().float().std())
         self.added_2D = nn.Parameter(torch.randn(2, self.width) * std)
+        if config.average_init and load_weights:
+            nn.init.zeros_(self.added_2D[0])  # so that [EMB]'s state begins as the average alone
         positions = getattr(self.hf.config, "max_position_embeddings", None)
         if positions is not None and positions < codec.max_tokens + 3:
             raise UserError(
@@ -171,11 +177,49 @@ def create_llm(config: LlmConfig, codec: TextCodec, load_weights: bool = True) -
             model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=config.attention)
         except (ValueError, TypeError, KeyError, AssertionError, ImportError, StrictDataclassError) as e:
             raise UserError(f"model.llm.config: transformers cannot build it ({_reason(e, config)})") from e
+        if load_weights:
+            if config.embedding_init is not None:
+                nn.init.normal_(model.get_input_embeddings().weight, std=config.embedding_init)
+            if config.average_init:
+                start_as_average(model, config.average_init)
     if config.gradient_checkpointing:
         # Renamed within transformers 5; both names are in use.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+@torch.no_grad()
+def start_as_average(model: Any, share: float) -> None:
+    """Sets a random LLM so that each state begins as its own word plus an average of the words up to it.
+
+    Values and attention outputs become identities times √share, so each layer adds `share` of what it sees, normed;
+    queries and keys become identities times √SELF_ATTENTION, so a word sees itself first, and [EMB], whose own row
+    starts at 0, all words evenly. The MLPs add nothing yet. After Trockman and Kolter (2023, "Mimetic Initialization
+    of Self-Attention Layers"), who start both products near what trained weights have.
+    """
+    seen = set()
+    for name, parameter in model.named_parameters():
+        part = name.removesuffix(".weight").rpartition(".")[2]
+        if part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            if parameter.ndim != 2 or parameter.shape[0] != parameter.shape[1]:
+                raise UserError(
+                    f"model.llm.average_init: {name} is {'x'.join(map(str, parameter.shape))}, not square; set "
+                    "num_key_value_heads to num_attention_heads, and leave head_dim out"
+                )
+            factor = share if part in ("v_proj", "o_proj") else SELF_ATTENTION
+            parameter.copy_(math.sqrt(factor) * torch.eye(len(parameter)))
+        elif part == "down_proj":
+            parameter.zero_()
+        else:
+            continue
+        seen.add(part)
+    missing = {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"} - seen
+    if missing:
+        raise UserError(
+            f"model.llm.average_init: {model.config.model_type} has no {', '.join(sorted(missing))}; it is for LLMs of "
+            "llama's layout, e.g. llama, stablelm, qwen2"
+        )
 
 
 def _reason(error: Exception, config: LlmConfig) -> str:

@@ -69,8 +69,8 @@ class MMGem(nn.Module):
         self.register_buffer("map_std_C", torch.ones(C))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.preprocess = self.vision.preprocess()
-        for module in (self.h1, self.h2, self.h3):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        for module, share in ((self.h1, config.h1_init), (self.h2, 1.0), (self.h3, 1.0)):
+            nn.init.normal_(module.weight, std=share * module.in_features**-0.5)
             nn.init.zeros_(module.bias)
 
     # --- the path -----------------------------------------------------------------------------------------------------

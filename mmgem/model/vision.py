@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmgem.config import VisionConfig
@@ -80,14 +81,21 @@ class TimmTower(VisionTower):
         # Convolutions on CPU and on tensor cores are 1.3 to 3 times faster in this layout.
         self.layout = torch.contiguous_format if self.is_vit else torch.channels_last
         model.to(memory_format=self.layout)
-        self.width = self._width()
+        self.joined = [self._find(name, "join") for name in config.join]
         chosen = config.frozen_statistics
         self.frozen_statistics = config.pretrained is not None if chosen is None else chosen
         self.cut = 0
         if config.train_from is not None:
-            self.cut = self._find_cut(config.train_from)
+            self.cut = self._find(config.train_from, "train_from")
+            early = [n for n, i in zip(config.join, self.joined, strict=True) if i < self.cut - 1]
+            if early:
+                raise UserError(
+                    f"model.vision.join: {', '.join(early)} comes before what a tower cut at {config.train_from} "
+                    "keeps; join later modules, or set train_from to the one after the earliest"
+                )
             for parameter in self.frozen_parameters():
                 parameter.requires_grad_(False)
+        self.width = self._width()
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TimmTower:
@@ -102,6 +110,8 @@ class TimmTower(VisionTower):
         return self
 
     def _width(self) -> int:
+        if self.joined:
+            return self._channels()
         if self.config.layer is None or self.is_vit:
             return int(self.model.num_features)
         return int(self.model.feature_info[self.config.layer]["num_chs"])
@@ -110,24 +120,48 @@ class TimmTower(VisionTower):
         """The tower as a plain sequence, up to its pooling."""
         if not hasattr(self.model, "as_sequential"):
             raise UserError(
-                f"model.vision.train_from: timm's {self.config.name} is no plain sequence; freeze all of vision instead"
+                f"model.vision: timm's {self.config.name} is no plain sequence; leave train_from and join out, and "
+                "freeze all of vision instead"
             )
         layers = list(self.model.as_sequential())
         head = {id(m) for m in (self.model.global_pool, getattr(self.model, "classifier", None)) if m is not None}
         stop = next((i for i, layer in enumerate(layers) if id(layer) in head), len(layers))
         return layers[:stop]
 
-    def _find_cut(self, name: str) -> int:
+    def _find(self, name: str, setting: str) -> int:
+        """The number of a module of the sequence."""
         modules = dict(self.model.named_modules())
         if self.config.layer is not None:
-            raise UserError("model.vision: train_from goes with the last layer only; leave layer empty")
+            raise UserError(f"model.vision: {setting} goes with the last layer only; leave layer empty")
         numbers = {id(layer): i for i, layer in enumerate(self._layers())}
         if name not in modules or id(modules[name]) not in numbers:
             names = [n for n, m in modules.items() if id(m) in numbers]
             raise UserError(
-                f"model.vision.train_from: {self.config.name} has no stage {name!r}; its stages: {', '.join(names)}"
+                f"model.vision.{setting}: {self.config.name} has no stage {name!r}; its stages: {', '.join(names)}"
             )
         return numbers[id(modules[name])]
+
+    @torch.no_grad()
+    def _channels(self) -> int:
+        """Of the joined map, from one small picture."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        size = self.config.image_size
+        probe = torch.zeros(1, 3, size, size, device=next(self.model.parameters()).device)
+        width = self._run(probe, 0).shape[1]
+        for module, mode in modes.items():
+            module.training = mode
+        return width
+
+    def _run(self, hidden: Tensor, start: int) -> Tensor:
+        """The layers from `start` on; with the joined ones' maps, earliest first, before the last one's."""
+        maps = {start - 1: hidden} if start - 1 in self.joined else {}
+        for number, layer in enumerate(self._layers()[start:], start):
+            hidden = layer(hidden)
+            if number in self.joined:
+                maps[number] = hidden
+        grid = (hidden.shape[-2], hidden.shape[-1])
+        return torch.cat([*(F.adaptive_avg_pool2d(m, grid) for m in maps.values()), hidden], 1) if maps else hidden
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         return [p for layer in self._layers()[: self.cut] for p in layer.parameters()] if self.cut else []
@@ -147,9 +181,7 @@ class TimmTower(VisionTower):
         hidden = hidden.contiguous(memory_format=self.layout)
         if hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(next(self.parameters()).dtype)
-        for layer in self._layers()[self.cut :]:
-            hidden = layer(hidden)
-        return hidden
+        return self._run(hidden, self.cut)
 
     def set_patch_dropout(self, share: float) -> None:
         from timm.layers.patch_dropout import PatchDropout, PatchDropoutWithIndices
@@ -170,6 +202,8 @@ class TimmTower(VisionTower):
             return self.rest(self.trunk(images_B3SS))
         images_B3SS = images_B3SS.contiguous(memory_format=self.layout)
         layer = self.config.layer
+        if self.joined:
+            return self._run(images_B3SS, 0)
         if layer is None and not self.is_vit:
             map_BCHW = self.model.forward_features(images_B3SS)
             if map_BCHW.ndim != 4:

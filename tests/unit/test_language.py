@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -302,6 +303,38 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 # --- building --------------------------------------------------------------------------------------------------------
 
 
+EVEN = {**LLAMA, "num_key_value_heads": 4, "hidden_size": 256, "intermediate_size": 384}
+WORDS = ["a red dog on the grass", "grass the on dog red a", "the cat"]
+
+
+def test_an_averaging_llm_starts_from_which_words_there_are():
+    """Turned round, a text keeps its vector; a random LLM gives it quite another."""
+    likeness = {}
+    for average in (1.0, 0.0):
+        llm = LlmConfig(config={**EVEN, "num_hidden_layers": 1}, average_init=average, embedding_init=0.03)
+        model = build(dataclasses.replace(model_config(), llm=llm))
+        one, turned, other = F.normalize(model.text_vectors(WORDS), dim=-1)
+        likeness[average] = (float(one @ turned), float(one @ other))
+    assert likeness[1.0][0] > 0.999 and likeness[1.0][1] < 0.9
+    assert likeness[0.0][0] < likeness[1.0][0] - 0.1
+
+
+def test_an_averaging_llm_still_knows_its_own_word():
+    """A caption's next word depends on the last one first of all."""
+    model = language(EVEN, average_init=1.0, embedding_init=0.03)
+    ids = torch.tensor(CODEC.encode(["two men ride a bicycle down the street"])[0])
+    embedded = model.embed(ids)
+    zeros = torch.zeros_like(ids)
+    state = model(embedded, zeros, torch.arange(ids.shape[1])[None])[0]
+    likeness = F.normalize(state, dim=-1) @ F.normalize(embedded[0], dim=-1).T
+    assert (likeness.argmax(dim=1) == torch.arange(len(likeness))).float().mean() > 0.8
+
+
+def test_first_word_vectors_have_the_deviation_asked_for():
+    table = language(LLAMA, embedding_init=0.01).hf.get_input_embeddings().weight
+    assert abs(float(table.detach().std()) - 0.01) < 0.001
+
+
 @contextmanager
 def refused(match: str) -> Iterator[None]:
     with pytest.raises(UserError, match=match) as caught:
@@ -324,6 +357,13 @@ def test_configs_that_cannot_be_built_are_refused():
         language({**LLAMA, "hidden_size": 62})
     with refused("gemma2.*|it has no sdpa attention; set model.llm.attention to eager"):
         language(LLMS["gemma2"], "sdpa")
+
+
+def test_llms_that_cannot_start_as_an_average_are_refused():
+    with refused("k_proj.weight is 32x64, not square; set num_key_value_heads"):
+        language(LLAMA, average_init=1.0)
+    with refused("gpt2 has no down_proj, k_proj, o_proj, q_proj, v_proj"):
+        language(LLMS["gpt2"], average_init=1.0)
 
 
 def test_an_llm_with_too_few_positions_is_refused():

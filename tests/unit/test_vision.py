@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from helpers import assert_same_gradients, clip_vit, cnn, gradients, pixels, timm_vit, tower
 from torch import Tensor
 
@@ -174,6 +175,35 @@ def test_cuts_that_cannot_be_are_refused():
         tower(cnn(train_from="layer3"))
     with pytest.raises(UserError, match="leave layer empty"):
         cut_tower(layer=-2)
+
+
+def test_joined_maps_stand_before_the_last_one_on_its_grid():
+    model = tower(VisionConfig(name="mobilenetv2_050", image_size=64, join=["blocks.5", "blocks.3"]))
+    plain = tower(VisionConfig(name="mobilenetv2_050", image_size=64))
+    plain.load_state_dict(model.state_dict())
+    hidden = plain.model.bn1(plain.model.conv_stem(pixels()))
+    third = plain.model.blocks[:4](hidden)
+    fifth = plain.model.blocks[4:6](third)
+    last = plain(pixels())
+    assert third.shape[-1] == 2 * last.shape[-1] and fifth.shape[-1] == last.shape[-1]
+    joined = model(pixels())
+    assert model.width == joined.shape[1]
+    assert torch.allclose(joined, torch.cat([F.avg_pool2d(third, 2), fifth, last], dim=1), atol=1e-5)
+
+
+def test_a_cut_tower_joins_what_its_trunk_gives():
+    join = ["blocks.3", "blocks.5"]
+    model = cut_tower(join=join)
+    whole = tower(VisionConfig(name="mobilenetv2_050", image_size=64, join=join))
+    whole.load_state_dict(model.state_dict())
+    assert torch.allclose(model.rest(model.trunk(pixels())), whole(pixels()), atol=1e-5)
+    assert torch.equal(whole.trunk(pixels()), whole(pixels()))  # frozen whole: the cache holds the joined map
+    with pytest.raises(UserError, match="blocks.2 comes before what a tower cut at blocks.4 keeps"):
+        cut_tower(join=["blocks.2", "blocks.5"])
+    with pytest.raises(UserError, match=r"vision.join: mobilenetv2_050 has no stage 'blocks.9'; its stages: .*blocks"):
+        cut_tower(join=["blocks.9"])
+    with pytest.raises(UserError, match="resnet10t is no plain sequence; leave train_from and join out"):
+        tower(cnn(join=["layer3"]))
 
 
 @pytest.mark.parametrize(
