@@ -110,8 +110,11 @@ class TimmTower(VisionTower):
         return self
 
     def _width(self) -> int:
-        if self.joined:
-            return self._channels()
+        if self.joined:  # found by trying; the modes are set after it
+            size = self.config.image_size
+            self.model.eval()
+            with torch.no_grad():
+                return self._run(torch.zeros(1, 3, size, size, device=next(self.parameters()).device), 0).shape[1]
         if self.config.layer is None or self.is_vit:
             return int(self.model.num_features)
         return int(self.model.feature_info[self.config.layer]["num_chs"])
@@ -140,18 +143,6 @@ class TimmTower(VisionTower):
                 f"model.vision.{setting}: {self.config.name} has no stage {name!r}; its stages: {', '.join(names)}"
             )
         return numbers[id(modules[name])]
-
-    @torch.no_grad()
-    def _channels(self) -> int:
-        """Of the joined map, from one small picture."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        size = self.config.image_size
-        probe = torch.zeros(1, 3, size, size, device=next(self.model.parameters()).device)
-        width = self._run(probe, 0).shape[1]
-        for module, mode in modes.items():
-            module.training = mode
-        return width
 
     def _run(self, hidden: Tensor, start: int) -> Tensor:
         """The layers from `start` on; with the joined ones' maps, earliest first, before the last one's."""
