@@ -16,7 +16,8 @@ from torch import Tensor
 from mmgem.config import VisionConfig
 from mmgem.errors import UserError
 from mmgem.images import Preprocess
-from mmgem.model.vision import CLIP_STATS, create_timm, create_tower
+from mmgem.model.vision import create_tower
+from mmgem.model.vision_weights import CLIP_STATS, create_timm
 
 TOWERS = {"timm CNN": cnn, "timm ViT": timm_vit, "open_clip ViT": clip_vit}
 INNER = {cnn: "model.layer2.0", timm_vit: "model.blocks.1", clip_vit: "visual.transformer.resblocks.1"}

@@ -18,7 +18,8 @@ from torch import Tensor
 from mmgem.config import VisionConfig
 from mmgem.errors import UserError
 from mmgem.images import Preprocess
-from mmgem.model.vision import CLIP_STATS, create_timm, create_tower
+from mmgem.model.vision import create_tower
+from mmgem.model.vision_weights import CLIP_STATS, create_timm
 
 # --- checkpoints and errors ------------------------------------------------------------------------------------------
 
