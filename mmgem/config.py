@@ -200,6 +200,8 @@ class Config:
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `key.path=value` overrides (list items by number: `stages.0.lr=1e-4`), checks it.
 
+    `stages.1=null` leaves that stage of the file out; numbers stay those of the file.
+
     Raises UserError for a missing file, broken YAML, an unknown key, a wrong type or a contradiction.
     """
     path = Path(path)
@@ -217,6 +219,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         raise UserError(f"{path}: a config is a mapping of keys to values, not a {type(tree).__name__}")
     for override in overrides:
         _apply_override(tree, override)
+    if overrides and isinstance(tree.get("stages"), list):
+        tree["stages"] = [stage for stage in tree["stages"] if stage is not None]
     return config_from_tree(tree, str(path))
 
 

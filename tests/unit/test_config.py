@@ -129,6 +129,13 @@ def test_a_later_override_wins_and_a_whole_stage_can_be_given(file: Path):
     assert config.stages[1] == StageConfig(name="other", samples=7)
 
 
+def test_null_leaves_a_stage_out(file: Path):
+    assert [s.name for s in read(file, "stages.1=null", "stages.0.lr=1").stages] == ["one"]
+    left = read(file, "stages.0=null", "stages.1.lr=2e-5").stages  # the file's own numbers
+    assert [(s.name, s.lr) for s in left] == [("two", 2e-5)]
+    refuse(file, "at least one stage is needed", "stages.0=null", "stages.1=null")
+
+
 @pytest.mark.parametrize(
     ("override", "match"),
     [
