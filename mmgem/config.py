@@ -20,7 +20,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from mmgem.errors import UserError
+from mmgem.errors import UserError, one_line
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -214,7 +214,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {one_line(e)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values, not a {type(tree).__name__}")
     for override in overrides:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmgem.errors import UserError
+from mmgem.errors import UserError, one_line
 
 EMB, CAP = "[EMB]", "[CAP]"
 
@@ -105,7 +105,7 @@ def load_tokenizer(source: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as e:
-        raise UserError(f"tokenizer {source}: cannot be loaded ({' '.join(str(e).split())[:200]})") from e
+        raise UserError(f"tokenizer {source}: cannot be loaded ({one_line(e)[:200]})") from e
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgem.config import LlmConfig
-from mmgem.errors import UserError
+from mmgem.errors import UserError, one_line
 from mmgem.text import TextCodec
 
 SELF_ATTENTION = 0.4
@@ -108,7 +108,7 @@ class LanguageModel(nn.Module):
             alone = self(rows_1LD[:, 4:], segment_1L[:, 4:], position_1L[:, 4:])
             own_scores = self.hf(inputs_embeds=rows_1LD[:, 4:], use_cache=False).logits
         except (TypeError, ValueError, RuntimeError) as e:
-            reason = " ".join(str(e).split())[:150]
+            reason = one_line(e)[:150]
             raise UserError(f"model.llm: {name} takes no packed rows ({reason}); choose another LLM") from e
         finally:
             self.train(training)
@@ -224,7 +224,7 @@ def start_as_average(model: Any, share: float) -> None:
 
 
 def _reason(error: Exception, config: LlmConfig) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if config.attention != "eager" and "attention implementation" in text:
         return f"it has no {config.attention} attention; set model.llm.attention to eager"
     return text[:250]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmgem.config import ModelConfig, to_tree
-from mmgem.errors import UserError
+from mmgem.errors import UserError, one_line
 from mmgem.text import load_tokenizer
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def load_weights(model: MMGem, folder: Path) -> None:
     try:
         load_model(model, str(folder / "model.safetensors"))
     except (SafetensorError, RuntimeError, OSError, ValueError) as e:
-        raise UserError(f"{folder}/model.safetensors: does not load ({' '.join(str(e).split())[:250]})") from e
+        raise UserError(f"{folder}/model.safetensors: does not load ({one_line(e)[:250]})") from e
 
 
 def model_folder(path: Path) -> Path:
@@ -142,4 +142,4 @@ def read_config(folder: Path) -> ModelConfig:
         tree["model"]["llm"].pop("origin", None)
         return TypeAdapter(ModelConfig).validate_python(tree["model"])
     except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as e:
-        raise UserError(f"{folder}/config.json: not a model's config ({' '.join(str(e).split())[:200]})") from e
+        raise UserError(f"{folder}/config.json: not a model's config ({one_line(e)[:200]})") from e

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mmgem.config import VisionConfig
-from mmgem.errors import UserError
+from mmgem.errors import UserError, one_line
 
 CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -41,7 +41,7 @@ def create_timm(config: VisionConfig, load_weights: bool = True) -> Any:
     try:
         model: Any = timm.create_model(name, pretrained=weights is not None and not local, **config.config)
     except (TypeError, RuntimeError, OSError, ValueError, LookupError, AssertionError) as e:
-        raise UserError(f"model.vision: timm could not make {name}: {_one_line(e)}") from e
+        raise UserError(f"model.vision: timm could not make {name}: {_short(e)}") from e
     if local:
         assert weights is not None
         _load_state(model, Path(weights))
@@ -61,12 +61,12 @@ def _load_state(model: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError) as e:
-        raise UserError(f"model.vision.pretrained={path}: not a checkpoint: {_one_line(e)}") from e
+        raise UserError(f"model.vision.pretrained={path}: not a checkpoint: {_short(e)}") from e
     try:
         state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (RuntimeError, AttributeError) as e:
-        raise UserError(f"model.vision.pretrained={path}: does not fit the model: {_one_line(e)}") from e
+        raise UserError(f"model.vision.pretrained={path}: does not fit the model: {_short(e)}") from e
     # Folded batch norms leave running statistics out; anything else missing is a wrong file.
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]
     if missing or unexpected:
@@ -94,7 +94,7 @@ def create_open_clip(config: VisionConfig, load_weights: bool = True) -> tuple[A
         try:
             vision = _vision_settings(json.loads(path.read_text()))
         except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"model.vision.config_file={path}: not an open_clip model config ({_one_line(e)})") from e
+            raise UserError(f"model.vision.config_file={path}: not an open_clip model config ({_short(e)})") from e
         visual = _open_clip_from_settings(vision, config, load_weights)
         return visual, CLIP_STATS, {"config_file": None, "config": vision}
     return _open_clip_by_name(config, load_weights)
@@ -117,7 +117,7 @@ def _open_clip_by_name(config: VisionConfig, load_weights: bool) -> tuple[Any, t
         )
         portable = {"name": None, "config": _hub_settings(config.name)} if on_hub else {}
     except (RuntimeError, OSError, ValueError) as e:
-        raise UserError(f"model.vision: open_clip could not make {config.name}: {_one_line(e)}") from e
+        raise UserError(f"model.vision: open_clip could not make {config.name}: {_short(e)}") from e
     stats = open_clip.get_model_preprocess_cfg(model)
     return model.visual, (tuple(stats.get("mean", CLIP_STATS[0])), tuple(stats.get("std", CLIP_STATS[1]))), portable
 
@@ -169,7 +169,7 @@ def _open_clip_from_settings(settings: dict[str, Any], config: VisionConfig, loa
     try:
         model: Any = open_clip.CLIP(int(vision.get("width", 768)), vision, text, quick_gelu=quick_gelu)
     except (TypeError, AssertionError, RuntimeError) as e:
-        raise UserError(f"model.vision: open_clip could not build this vision_cfg: {_one_line(e)}") from e
+        raise UserError(f"model.vision: open_clip could not build this vision_cfg: {_short(e)}") from e
     if config.pretrained and load_weights:
         path = Path(config.pretrained)
         if not path.is_file():
@@ -181,7 +181,7 @@ def _open_clip_from_settings(settings: dict[str, Any], config: VisionConfig, loa
             state.pop("proj", None)
             model.visual.load_state_dict(state)
         except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError) as e:
-            raise UserError(f"model.vision.pretrained={path}: does not fit the vision config: {_one_line(e)}") from e
+            raise UserError(f"model.vision.pretrained={path}: does not fit the vision config: {_short(e)}") from e
     return model.visual
 
 
@@ -190,6 +190,6 @@ def _no_random_init_warning(record: logging.LogRecord) -> bool:
     return "No pretrained weights loaded" not in record.getMessage()
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+def _short(error: BaseException) -> str:
+    text = one_line(error)
     return text if len(text) <= 300 else text[:300] + " …"

@@ -20,7 +20,7 @@ import yaml
 
 from mmgem import __version__
 from mmgem.config import Config, save_config, to_tree
-from mmgem.errors import UserError
+from mmgem.errors import UserError, one_line
 
 # Settings that may differ between the parts of a run without changing its result.
 FREE_SETTINGS = ("run", "training.", "data.workers", "data.path", "data.cache", "data.max_broken")
@@ -129,7 +129,7 @@ def read_state(checkpoint: Path) -> tuple[RunState, dict[str, Any]]:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         return RunState(**content["run_state"]), content
     except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as e:
-        raise UserError(f"{checkpoint}: not a checkpoint of mmgem ({' '.join(str(e).split())[:150]})") from e
+        raise UserError(f"{checkpoint}: not a checkpoint of mmgem ({one_line(e)[:150]})") from e
 
 
 def state_tree(state: RunState) -> dict[str, int]:

@@ -26,7 +26,7 @@ from mmgem.config import Config, StageConfig
 from mmgem.data.datamodule import StageData, open_split, refuse_missing_regions, stage_steps
 from mmgem.data.samples import SampleError, decode_image
 from mmgem.data.shards import ShardedDataset
-from mmgem.errors import UserError
+from mmgem.errors import UserError, one_line
 from mmgem.images import Preprocess
 from mmgem.model import MMGem
 from mmgem.model.pretrained import load_weights, model_folder
@@ -114,7 +114,7 @@ def _build(
         try:
             model.load_state_dict({k.removeprefix("model."): v for k, v in content["state_dict"].items()})
         except RuntimeError as e:
-            why = " ".join(str(e).split())[:250]
+            why = one_line(e)[:250]
             raise UserError(f"{checkpoint}: does not fit the model that the config describes ({why})") from e
         if state.stage >= len(config.stages):
             raise UserError(f"{checkpoint}: is of stage {state.stage + 1}, the config has {len(config.stages)}")
@@ -185,7 +185,7 @@ def _refuse_picture_sizes(config: Config, model: MMGem) -> None:
         try:
             model.vision(torch.zeros(1, 3, stage.image_size, stage.image_size, device=model.device))
         except (RuntimeError, AssertionError, ValueError) as e:
-            why = " ".join(str(e).split())[:150]
+            why = one_line(e)[:150]
             raise UserError(
                 f"stage {stage.name}: image_size={stage.image_size}: the tower is built for pictures of "
                 f"{config.model.vision.image_size} ({why}); leave image_size out"
