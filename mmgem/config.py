@@ -143,6 +143,9 @@ class StageConfig:
     captions_per_image: int = 1
     max_regions: int = 0
     """0: pairs only. Else at most so many boxes an image, with their phrases, beside the pairs."""
+    rare_phrases: float = 0.0
+    """Of an image's boxes those are drawn more often whose phrase is rare: in proportion to (how often the training
+    split has it)^-rare_phrases. 0: all alike."""
     lr: float = 1e-3
     lr_scale: dict[str, float] = field(default_factory=dict)
     """Factor on `lr` by part, e.g. {vision: 0.1}."""
@@ -428,6 +431,8 @@ def _check_stage(stage: StageConfig, vision: VisionConfig, at: str) -> None:
     refuse(stage.global_batch < 2, "global_batch must be at least 2, a contrastive loss needs negatives")
     refuse(stage.captions_per_image < 1, "captions_per_image must be at least 1")
     refuse(stage.max_regions < 0, "max_regions must be 0 or more")
+    refuse(stage.rare_phrases < 0, "rare_phrases must be 0 (all boxes alike) or more")
+    refuse(stage.rare_phrases > 0 and not stage.max_regions, "rare_phrases draws boxes; set max_regions above 0")
     refuse(stage.lr <= 0, "lr must be above 0")
     refuse(stage.image_size is not None and stage.image_size < 1, "image_size must be at least 1, or null")
     for name in ("weight_decay", "clip_grad", "cached_views"):
