@@ -143,6 +143,8 @@ class StageConfig:
     captions_per_image: int = 1
     max_regions: int = 0
     """0: pairs only. Else at most so many boxes an image, with their phrases, beside the pairs."""
+    written_regions: int | None = None
+    """At most so many of an image's drawn boxes are also written (`loss.region_gen`); null: all."""
     rare_phrases: float = 0.0
     """Of an image's boxes those are drawn more often whose phrase is rare: in proportion to (how often the training
     split has it)^-rare_phrases. 0: all alike."""
@@ -431,6 +433,10 @@ def _check_stage(stage: StageConfig, vision: VisionConfig, at: str) -> None:
     refuse(stage.global_batch < 2, "global_batch must be at least 2, a contrastive loss needs negatives")
     refuse(stage.captions_per_image < 1, "captions_per_image must be at least 1")
     refuse(stage.max_regions < 0, "max_regions must be 0 or more")
+    refuse(
+        stage.written_regions is not None and not 1 <= stage.written_regions <= stage.max_regions,
+        "written_regions must be from 1 to max_regions, or null",
+    )
     refuse(stage.rare_phrases < 0, "rare_phrases must be 0 (all boxes alike) or more")
     refuse(stage.rare_phrases > 0 and not stage.max_regions, "rare_phrases draws boxes; set max_regions above 0")
     refuse(stage.lr <= 0, "lr must be above 0")

@@ -113,9 +113,9 @@ def load_tokenizer(source: str | Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class PackedTexts:
-    """Both streams of M texts in n rows of length L. Indices are flat, into the n * L tokens.
+    """The streams of M texts, K of which are written, in n rows of length L. Indices are flat, into the n * L tokens.
 
-    A stream that was not asked for has empty indices.
+    Equal texts share one embedding stream. A stream that was not asked for has empty indices.
     """
 
     ids_nL: Tensor
@@ -126,8 +126,10 @@ class PackedTexts:
     """Restarts at 0 with each stream."""
     emb_index_M: Tensor
     """Where each text's [EMB] stands."""
-    visual_index_M: Tensor
-    """Where each text's V_in goes."""
+    written_K: Tensor
+    """The texts (0 … M-1) that have a caption stream, ascending."""
+    visual_index_K: Tensor
+    """Where each of them has its V_in."""
     word_index_W: Tensor
     """The texts' own words in both streams (inputs, without [BOS], V_in, [CAP] and [EMB])."""
     label_index_T: Tensor
@@ -146,17 +148,27 @@ class PackedTexts:
 
 
 def pack_texts(
-    texts: Sequence[Sequence[int]], codec: TextCodec, row_tokens: int, *, embed: bool = True, write: bool = True
+    texts: Sequence[Sequence[int]],
+    codec: TextCodec,
+    row_tokens: int,
+    *,
+    embed: bool = True,
+    write: Sequence[bool] | None = None,
 ) -> PackedTexts:
     """Puts the streams of the texts (their own ids) into as few rows of `row_tokens` as best-fit decreasing finds.
 
-    embed: the stream [BOS] x [EMB]. write: the stream [BOS] V_in [CAP] x [EOS], of which [EOS] is a label only.
+    embed: the stream [BOS] x [EMB]. write: which texts get the stream [BOS] V_in [CAP] x [EOS], of which [EOS] is a
+    label only; all of them if left out.
     """
-    streams: list[tuple[list[int], int, bool]] = []
+    written = [m for m in range(len(texts)) if write is None or write[m]]
+    equal: dict[tuple[int, ...], list[int]] = {}
+    for m, ids in enumerate(texts):
+        equal.setdefault(tuple(ids), []).append(m)
+    # Each with the texts it is for, and its number among the caption streams, if it is one.
+    streams: list[tuple[list[int], list[int], int | None]] = []
     if embed:
-        streams += [(codec.embedding_stream(ids), m, True) for m, ids in enumerate(texts)]
-    if write:
-        streams += [([*codec.prefix, 0, codec.cap_id, *ids], m, False) for m, ids in enumerate(texts)]
+        streams += [(codec.embedding_stream(ids), numbers, None) for ids, numbers in equal.items()]
+    streams += [([*codec.prefix, 0, codec.cap_id, *texts[m]], [m], k) for k, m in enumerate(written)]
     places, rows = _best_fit([len(s[0]) for s in streams], row_tokens)
 
     shape = (max(rows, 1), row_tokens)
@@ -164,33 +176,34 @@ def pack_texts(
     segment_nL = np.full(shape, -1, dtype=np.int64)
     position_nL = np.zeros(shape, dtype=np.int64)
     emb_index = np.zeros(len(texts) if embed else 0, dtype=np.int64)
-    visual_index = np.zeros(len(texts) if write else 0, dtype=np.int64)
+    visual_index = np.zeros(len(written), dtype=np.int64)
     words: list[np.ndarray] = []
     label_index: list[np.ndarray] = []
     labels: list[int] = []
     label_text: list[np.ndarray] = []
     before = len(codec.prefix)
-    for number, ((ids, m, is_emb), (row, start)) in enumerate(zip(streams, places, strict=True)):
+    for number, ((ids, numbers, k), (row, start)) in enumerate(zip(streams, places, strict=True)):
         end = start + len(ids)
         ids_nL[row, start:end] = ids
         segment_nL[row, start:end] = number
         position_nL[row, start:end] = np.arange(len(ids))
         flat = row * row_tokens + start
-        if is_emb:
-            emb_index[m] = flat + len(ids) - 1
+        if k is None:
+            emb_index[numbers] = flat + len(ids) - 1
             words.append(np.arange(flat + before, flat + len(ids) - 1))
             continue
-        visual_index[m] = flat + before
+        visual_index[k] = flat + before
         words.append(np.arange(flat + before + 2, flat + len(ids)))
         label_index.append(np.arange(flat + before + 1, flat + len(ids)))
         labels += [*ids[before + 2 :], codec.eos_id]
-        label_text.append(np.full(len(ids) - before - 1, m))
+        label_text.append(np.full(len(ids) - before - 1, numbers[0]))
     return PackedTexts(
         ids_nL=torch.from_numpy(ids_nL),
         segment_nL=torch.from_numpy(segment_nL),
         position_nL=torch.from_numpy(position_nL),
         emb_index_M=torch.from_numpy(emb_index),
-        visual_index_M=torch.from_numpy(visual_index),
+        written_K=torch.tensor(written, dtype=torch.int64),
+        visual_index_K=torch.from_numpy(visual_index),
         word_index_W=_joined(words),
         label_index_T=_joined(label_index),
         labels_T=torch.tensor(labels, dtype=torch.int64),

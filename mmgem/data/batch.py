@@ -7,6 +7,7 @@ left out of it and named in it. Refuses a batch in which nothing is left.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,13 +76,25 @@ class Batch:
 
 
 class Collate:
-    """Items -> Batch. `embed` / `write` say which streams are packed (a loss of weight 0 needs none)."""
+    """Items -> Batch. Which streams are packed (a loss of weight 0 needs none):
 
-    def __init__(self, codec: TextCodec, row_tokens: int, embed: bool = True, write: bool = True):
+    `embed`: the embedding streams. `write_captions`: the captions' caption streams. `write_phrases`: those of at most
+    so many phrases of each image, the first ones.
+    """
+
+    def __init__(
+        self,
+        codec: TextCodec,
+        row_tokens: int,
+        embed: bool = True,
+        write_captions: bool = True,
+        write_phrases: int = sys.maxsize,
+    ):
         self.codec = codec
         self.row_tokens = row_tokens
         self.embed = embed
-        self.write = write
+        self.write_captions = write_captions
+        self.write_phrases = write_phrases
 
     def __call__(self, items: Sequence[Item | Broken]) -> Batch:
         broken = [i for i in items if isinstance(i, Broken)]
@@ -96,10 +109,12 @@ class Collate:
         region_image = [b for b, item in enumerate(good) for _ in item.phrases]
         image_ids = [stable_id("image", item.key) for item in good]
         ids, cut = self.codec.encode(captions + phrases)
+        write = [self.write_captions] * len(captions)
+        write += [number < self.write_phrases for item in good for number in range(len(item.phrases))]
         return Batch(
             keys=[item.key for item in good],
             pictures=torch.stack([item.picture for item in good]),
-            texts=pack_texts(ids, self.codec, self.row_tokens, embed=self.embed, write=self.write),
+            texts=pack_texts(ids, self.codec, self.row_tokens, embed=self.embed, write=write),
             text_vector_M=_long([*caption_image, *range(len(good), len(good) + len(phrases))]),
             boxes_R4=torch.cat([item.boxes_R4 for item in good]),
             region_image_R=_long(region_image),

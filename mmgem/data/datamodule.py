@@ -179,8 +179,14 @@ class StageData(L.LightningDataModule):
         loss = stage.loss
         regions = stage.max_regions > 0
         embed = loss.emb > 0 or (regions and loss.region_emb > 0)
-        write = loss.gen > 0 or (regions and loss.region_gen > 0)
-        self.collate = Collate(codec, data.row_tokens, embed=embed, write=write)
+        written_regions = stage.max_regions if stage.written_regions is None else stage.written_regions
+        self.collate = Collate(
+            codec,
+            data.row_tokens,
+            embed=embed,
+            write_captions=loss.gen > 0,
+            write_phrases=written_regions if loss.region_gen > 0 else 0,
+        )
         self.data, self.stage = data, stage
         self.steps = stage_steps(stage, len(dataset))
         self.samples_consumed = 0

@@ -125,9 +125,9 @@ class MMGem(nn.Module):
             kept_W = torch.rand(len(texts.word_index_W), device=flat_ND.device) >= self.config.token_dropout
             kept_N = torch.ones(len(flat_ND), device=flat_ND.device, dtype=flat_ND.dtype)
             flat_ND = flat_ND * kept_N.index_put((texts.word_index_W,), kept_W.to(flat_ND.dtype))[:, None]
-        if len(texts.visual_index_M):
-            visual_MD = self.h3(self._head_dropout(torch.cat([v_BE, r_RE]))[text_vector_M])
-            flat_ND = flat_ND.index_put((texts.visual_index_M,), visual_MD.to(flat_ND.dtype))
+        if len(texts.written_K):
+            visual_KD = self.h3(self._head_dropout(torch.cat([v_BE, r_RE]))[text_vector_M[texts.written_K]])
+            flat_ND = flat_ND.index_put((texts.visual_index_K,), visual_KD.to(flat_ND.dtype))
         hidden_ND = self.language(flat_ND.view_as(embedded_nLD), texts.segment_nL, texts.position_nL).flatten(0, 1)
         t_ME = self.h2(self._head_dropout(hidden_ND[texts.emb_index_M]))
         return Output(v_BE, r_RE, t_ME, hidden_ND[texts.label_index_T])

@@ -54,7 +54,7 @@ def packed_outputs(model: MMGem, packed: PackedTexts, v_ME: Tensor) -> tuple[Ten
     """t_ME and logits at label positions: the middle of MMGem.forward, without the tower."""
     embedded_nLD = model.language.embed(packed.ids_nL)
     flat_ND = embedded_nLD.flatten(0, 1)
-    flat_ND = flat_ND.index_put((packed.visual_index_M,), model.h3(v_ME).to(flat_ND.dtype))
+    flat_ND = flat_ND.index_put((packed.visual_index_K,), model.h3(v_ME).to(flat_ND.dtype))
     hidden_ND = model.language(flat_ND.view_as(embedded_nLD), packed.segment_nL, packed.position_nL).flatten(0, 1)
     return model.h2(hidden_ND[packed.emb_index_M]), model.language.logits(hidden_ND[packed.label_index_T])
 
@@ -250,7 +250,7 @@ def test_scores_at_label_positions_are_those_of_the_whole(name: str):
     packed = pack_texts(ids_of(model), model.codec, 64)
     _, logits_TV = packed_outputs(model, packed, v_ME := visual_vectors(len(TEXTS)))
     embedded_nLD = model.language.embed(packed.ids_nL)
-    flat_ND = embedded_nLD.flatten(0, 1).index_put((packed.visual_index_M,), model.h3(v_ME))
+    flat_ND = embedded_nLD.flatten(0, 1).index_put((packed.visual_index_K,), model.h3(v_ME))
     full_nLV = model.language.hf(
         inputs_embeds=flat_ND.view_as(embedded_nLD),
         attention_mask=packed_mask(packed.segment_nL, torch.float32),

@@ -132,9 +132,9 @@ def test_the_visual_token_is_made_of_the_vector_that_is_retrieved_with():
     out, texts = run(model), batch_for(model)["texts"]
     assert torch.equal(seen["given"], torch.cat([out.v_BE, out.r_RE])[batch_for(model)["text_vector_M"]])
     rows_ND = seen["rows"].flatten(0, 1)
-    assert torch.equal(rows_ND[texts.visual_index_M], seen["gave"])
+    assert torch.equal(rows_ND[texts.visual_index_K], seen["gave"])
     # Everywhere else stand the words' own embeddings.
-    rest = torch.ones(len(rows_ND), dtype=torch.bool).index_fill(0, texts.visual_index_M, False)
+    rest = torch.ones(len(rows_ND), dtype=torch.bool).index_fill(0, texts.visual_index_K, False)
     assert torch.equal(rows_ND[rest], model.language.embed(texts.ids_nL).flatten(0, 1)[rest])
     v_NE = model.image_vectors(PICTURES)
     assert model.write(v_NE, max_new_tokens=8) != model.write(10 * v_NE, max_new_tokens=8)
@@ -165,8 +165,11 @@ def test_no_boxes_and_streams_left_out():
     none = torch.zeros(0, dtype=torch.long)
     same = run(model, texts=pack_texts(ids, model.codec, 48), **{**plain, "boxes_R4": torch.zeros(0, 4), "region_image_R": none})  # fmt: skip # noqa: E501
     assert torch.equal(same.v_BE, out.v_BE) and same.r_RE.shape == (0, 32)
-    read = run(model, texts=pack_texts(ids, model.codec, 48, write=False), **plain)
+    read = run(model, texts=pack_texts(ids, model.codec, 48, write=[False] * 6), **plain)
     assert distance(read.t_ME, out.t_ME) < 1e-5 and len(read.hidden_TD) == 0
+    some = pack_texts(ids, model.codec, 48, write=[False, False, True, False, True, True])
+    few, full_T = run(model, texts=some, **plain), pack_texts(ids, model.codec, 48).label_text_T
+    assert distance(few.hidden_TD, out.hidden_TD[(full_T == 2) | (full_T >= 4)]) < 1e-5
     wrote = run(model, texts=pack_texts(ids, model.codec, 48, embed=False), **plain)
     assert wrote.t_ME.shape == (0, 32) and distance(wrote.hidden_TD, out.hidden_TD) < 1e-5
 

@@ -363,18 +363,32 @@ def test_long_texts_are_cut_before_emb_and_counted():
 
 
 @pytest.mark.parametrize(
-    ("loss", "embed", "write"),
+    ("loss", "embed", "captions", "phrases"),
     [
-        (LossConfig(), True, True),
-        (LossConfig(gen=0, region_gen=0), True, False),
-        (LossConfig(emb=0, region_emb=0), False, True),
-        (LossConfig(emb=0, gen=0, region_emb=0), False, True),
+        (LossConfig(), True, True, True),
+        (LossConfig(gen=0, region_gen=0), True, False, False),
+        (LossConfig(region_gen=0), True, True, False),
+        (LossConfig(emb=0, region_emb=0), False, True, True),
+        (LossConfig(emb=0, gen=0, region_emb=0), False, False, True),
     ],
 )
-def test_streams_without_a_loss_are_not_packed(split: Path, loss: LossConfig, embed: bool, write: bool):
-    texts = batches(stage_data(split, loss=loss, samples=4))[0].texts
-    assert (len(texts.emb_index_M) > 0) == embed
-    assert (len(texts.labels_T) > 0) == write
+def test_streams_without_a_loss_are_not_packed(
+    split: Path, loss: LossConfig, embed: bool, captions: bool, phrases: bool
+):
+    batch = batches(stage_data(split, loss=loss, samples=4))[0]
+    assert (len(batch.texts.emb_index_M) > 0) == embed
+    written_K = batch.texts.written_K
+    assert (written_K < batch.captions).sum() == (batch.captions if captions else 0)
+    assert (written_K >= batch.captions).sum() == (len(batch.boxes_R4) if phrases else 0) and len(batch.boxes_R4)
+
+
+def test_some_of_the_drawn_boxes_are_written(split: Path):
+    (batch,) = batches(stage_data(split, samples=4, max_regions=3, written_regions=2))
+    image_R = batch.region_image_R
+    written = [int(m) - batch.captions for m in batch.texts.written_K if m >= batch.captions]
+    assert Counter(image_R.tolist()) == dict.fromkeys(range(4), 3)
+    assert Counter(image_R[written].tolist()) == dict.fromkeys(range(4), 2)
+    assert len(batch.texts.emb_index_M) == batch.captions + 12
 
 
 def test_a_batch_moves_as_one(split: Path):

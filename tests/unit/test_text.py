@@ -136,8 +136,10 @@ def random_ids(count: int, longest: int, seed: int) -> list[list[int]]:
 def test_every_stream_is_in_the_rows_once(embed: bool, write: bool, row_tokens: int):
     texts, codes = random_ids(50, 16, 0), codec()
     texts[7] = []  # no word at all
-    packed = pack_texts(texts, codes, row_tokens, embed=embed, write=write)
-    wanted = [[codes.bos_id, *t, codes.emb_id] for t in texts] if embed else []
+    texts[9] = texts[8]
+    packed = pack_texts(texts, codes, row_tokens, embed=embed, write=[write] * 50)
+    distinct = dict.fromkeys(map(tuple, texts))  # equal texts have one embedding stream
+    wanted = [[codes.bos_id, *t, codes.emb_id] for t in distinct] if embed else []
     wanted += [[codes.bos_id, 0, codes.cap_id, *t] for t in texts] if write else []
     found = streams_of(packed)
     assert [ids for ids, _ in found] == wanted
@@ -151,21 +153,25 @@ def test_every_stream_is_in_the_rows_once(embed: bool, write: bool, row_tokens: 
 def test_the_indices_point_where_they_should():
     texts, codes = random_ids(30, 16, 1), codec()
     texts[4] = []
+    texts[11] = texts[2]
     packed = pack_texts(texts, codes, 48)
     ids_N, segment_N = packed.ids_nL.flatten(), packed.segment_nL.flatten()
-    M = len(texts)
+    distinct = list(dict.fromkeys(map(tuple, texts)))
+    M, D = len(texts), len(distinct)
+    assert D < M
     assert (ids_N[packed.emb_index_M] == codes.emb_id).all()
-    assert segment_N[packed.emb_index_M].tolist() == list(range(M))
-    assert segment_N[packed.visual_index_M].tolist() == list(range(M, 2 * M))
-    assert (ids_N[packed.visual_index_M + 1] == codes.cap_id).all()
-    assert (ids_N[packed.visual_index_M - 1] == codes.bos_id).all()
-    assert ids_N[packed.word_index_W].tolist() == [i for t in texts for i in t] * 2  # one stream after the other
+    assert segment_N[packed.emb_index_M].tolist() == [distinct.index(tuple(t)) for t in texts]
+    assert packed.written_K.tolist() == list(range(M))
+    assert segment_N[packed.visual_index_K].tolist() == list(range(D, D + M))
+    assert (ids_N[packed.visual_index_K + 1] == codes.cap_id).all()
+    assert (ids_N[packed.visual_index_K - 1] == codes.bos_id).all()
+    assert ids_N[packed.word_index_W].tolist() == [i for t in [*distinct, *texts] for i in t]
     for m, text in enumerate(texts):
         mine = packed.label_text_T == m
         assert packed.labels_T[mine].tolist() == [*text, codes.eos_id]
         # A label is what stands one place further; the last is [EOS], which is not an input.
         index = packed.label_index_T[mine]
-        assert (segment_N[index] == M + m).all()
+        assert (segment_N[index] == D + m).all()
         assert ids_N[index].tolist() == [codes.cap_id, *text]
 
 
@@ -177,18 +183,30 @@ def test_without_a_beginning_token():
     ids_N = packed.ids_nL.flatten()
     assert ids_N[packed.label_index_T].tolist() == [codes.cap_id, 5, 6, 7]
     assert packed.labels_T.tolist() == [5, 6, 7, codes.eos_id]
-    assert ids_N[packed.visual_index_M + 1].tolist() == [codes.cap_id]
+    assert ids_N[packed.visual_index_K + 1].tolist() == [codes.cap_id]
 
 
 def test_a_stream_that_is_not_asked_for_leaves_empty_indices():
     texts, codes = random_ids(5, 8, 2), codec()
-    read = pack_texts(texts, codes, 32, write=False)
+    read = pack_texts(texts, codes, 32, write=[False] * 5)
     assert len(read.emb_index_M) == 5
-    for name in ("visual_index_M", "label_index_T", "labels_T", "label_text_T"):
+    for name in ("written_K", "visual_index_K", "label_index_T", "labels_T", "label_text_T"):
         assert getattr(read, name).shape == (0,) and getattr(read, name).dtype == torch.int64, name
     assert pack_texts(texts, codes, 32, embed=False).emb_index_M.shape == (0,)
     nothing = pack_texts([], codes, 32)
     assert nothing.ids_nL.shape == (1, 32) and nothing.useful_tokens == 0
+
+
+def test_some_texts_are_only_embedded():
+    texts, codes = random_ids(6, 8, 2), codec()
+    packed = pack_texts(texts, codes, 32, write=[False, True, False, True, True, False])
+    assert packed.written_K.tolist() == [1, 3, 4]
+    assert sorted(set(packed.label_text_T.tolist())) == [1, 3, 4]
+    ids_N = packed.ids_nL.flatten()
+    for m, place in zip((1, 3, 4), packed.visual_index_K.tolist(), strict=True):
+        assert ids_N[place + 2 : place + 2 + len(texts[m])].tolist() == texts[m]
+        assert packed.labels_T[packed.label_text_T == m].tolist() == [*texts[m], codes.eos_id]
+    assert len(packed.emb_index_M) == 6
 
 
 def test_rows_are_full():
