@@ -144,6 +144,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", action="store_true", help="compare the model after each stage of the run")
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="beams of captions (default 1: greedy)")
     parser.add_argument("--length-penalty", type=float, default=1.0)
+    _add_rerank(parser)
     parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N")
     parser.add_argument(
         "--baseline",
@@ -163,7 +164,12 @@ def run_eval(args: Arguments) -> int:
     if args.task == "all":
         has_regions = (args.data / args.split).is_dir() and ShardedDataset(args.data / args.split).has_regions
         tasks = [name for name, task in TASKS.items() if has_regions or not task.regions]
-    options = TaskOptions(num_beams=args.beams, length_penalty=args.length_penalty, max_new_tokens=args.max_new_tokens)
+    options = TaskOptions(
+        num_beams=args.beams,
+        length_penalty=args.length_penalty,
+        rerank=args.rerank,
+        max_new_tokens=args.max_new_tokens,
+    )
     out = args.out or args.model / "report"
     baseline = [next(iter(models))] if args.baseline == "crop" else []
     evaluate(
@@ -272,6 +278,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search (default 1: greedy)")
+    _add_rerank(parser)
     parser.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
@@ -279,8 +286,18 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
+def _add_rerank(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rerank",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="of the beams take that with the highest mean log p of a token + W * cosine with the picture",
+    )
+
+
 def _writing(args: Arguments) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_beams": args.beams, "max_new_tokens": args.max_new_tokens}
+    options: dict[str, Any] = {"num_beams": args.beams, "max_new_tokens": args.max_new_tokens, "rerank": args.rerank}
     if args.top_p is not None:
         options |= {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature, "seed": args.seed}
     return options

@@ -40,7 +40,13 @@ class Encoder(Protocol):
     def text_vectors(self, texts: Sequence[str], batch_size: int = ...) -> Tensor: ...
 
     def write(
-        self, vectors_NE: Tensor, *, num_beams: int = ..., max_new_tokens: int = ..., length_penalty: float = ...
+        self,
+        vectors_NE: Tensor,
+        *,
+        num_beams: int = ...,
+        max_new_tokens: int = ...,
+        length_penalty: float = ...,
+        rerank: float = ...,
     ) -> list[str]: ...
 
 

@@ -88,6 +88,16 @@ class LanguageModel(nn.Module):
             **options,
         )
 
+    def generate_beams(self, embedded_BLD: Tensor, eos_id: int, pad_id: int, **options: Any) -> tuple[Tensor, Tensor]:
+        """As `generate` with `num_beams` K, all K ends of the search: B x K x T ids, and B x K scores, which are sums
+        of log p over the tokens, divided by their number to the power of `length_penalty`."""
+        beams = options["num_beams"]
+        out: Any = self.generate(
+            embedded_BLD, eos_id, pad_id, num_return_sequences=beams, return_dict_in_generate=True, output_scores=True,
+            **options,
+        )  # fmt: skip
+        return out.sequences.unflatten(0, (-1, beams)), out.sequences_scores.unflatten(0, (-1, beams))
+
     @torch.no_grad()
     def refuse_leaks(self) -> None:
         """Runs two streams packed, alone, and through the LM's own forward; raises UserError if they differ.

@@ -223,6 +223,7 @@ class MMGem(nn.Module):
         num_beams: int = 1,
         max_new_tokens: int = 30,
         length_penalty: float = 1.0,
+        rerank: float = 0.0,
         do_sample: bool = False,
         top_p: float = 1.0,
         temperature: float = 1.0,
@@ -230,11 +231,20 @@ class MMGem(nn.Module):
         batch_size: int = 256,
         use_cache: bool = True,
     ) -> list[str]:
-        """Captions from un-normalised image or region vectors: greedy, beams, or nucleus sampling (`do_sample`)."""
+        """Captions from un-normalised image or region vectors: greedy, beams, or nucleus sampling (`do_sample`).
+
+        rerank: above 0, the model reads its beams: of them that one is given whose score (the mean log p of a token,
+        with a `length_penalty` of 1) plus `rerank` times the cosine of its text vector and the given vector is highest.
+        """
         if num_beams < 1 or max_new_tokens < 1 or not 0 < top_p <= 1 or temperature <= 0:
             raise UserError(
                 f"captions cannot be written with beams={num_beams}, max_new_tokens={max_new_tokens}, top_p={top_p}, "
                 f"temperature={temperature}: at least 1, at least 1, above 0 and up to 1, above 0"
+            )
+        if rerank < 0 or (rerank > 0 and (num_beams < 2 or do_sample)):
+            raise UserError(
+                f"captions cannot be reranked by {rerank} with beams={num_beams}, do_sample={do_sample}: it is 0 or "
+                "more, and chooses among 2 beams or more"
             )
         positions = getattr(self.language.hf.config, "max_position_embeddings", None) or math.inf
         max_new_tokens = int(min(max_new_tokens, positions - len(self.codec.prefix) - 2))
@@ -263,9 +273,22 @@ class MMGem(nn.Module):
                 chunk_BE = vectors_NE[start : start + max(1, batch_size // num_beams)].to(
                     self.device, self.h3.weight.dtype
                 )
-                ids_BT = self.language.generate(self._prefix(chunk_BE), self.codec.eos_id, self.codec.eos_id, **options)
-                captions += [self.codec.decode(ids) for ids in ids_BT.tolist()]
+                prefix_BLD, eos_id = self._prefix(chunk_BE), self.codec.eos_id
+                if rerank:
+                    ids_BKT, score_BK = self.language.generate_beams(prefix_BLD, eos_id, eos_id, **options)
+                    captions += self._best_read(chunk_BE, ids_BKT, score_BK, rerank)
+                else:
+                    ids_BT = self.language.generate(prefix_BLD, eos_id, eos_id, **options)
+                    captions += [self.codec.decode(ids) for ids in ids_BT.tolist()]
         return captions
+
+    def _best_read(self, vectors_BE: Tensor, ids_BKT: Tensor, score_BK: Tensor, rerank: float) -> list[str]:
+        """Of each vector's K texts the one with the highest score + rerank · cos."""
+        texts = [[self.codec.decode(ids) for ids in beams] for beams in ids_BKT.tolist()]
+        t_BKE = self.text_vectors([text for beams in texts for text in beams]).unflatten(0, tuple(score_BK.shape))
+        cos_BK = F.cosine_similarity(vectors_BE.float().cpu()[:, None], t_BKE, dim=-1)
+        best_B = (score_BK.float().cpu() + rerank * cos_BK).argmax(dim=1)
+        return [beams[k] for beams, k in zip(texts, best_B.tolist(), strict=True)]
 
     def _prefix(self, vectors_BE: Tensor) -> Tensor:
         """[BOS] V_in [CAP] -> B x 3 x D (2 without [BOS])."""

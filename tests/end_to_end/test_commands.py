@@ -125,6 +125,8 @@ def test_ways_of_writing(model: Path, picture: Path, loaded: MMGem, capsys: pyte
         return json.loads(output(capsys, "caption", "--model", model, "--json", picture, *options)[0])["caption"]
 
     assert caption("--beams", "3") == loaded.caption([image], num_beams=3)[0]
+    reread = loaded.caption([image], num_beams=4, rerank=2.0)[0]
+    assert caption("--beams", "4", "--rerank", "2") == reread
     short = caption("--max-new-tokens", "3")
     assert 0 < len(loaded.codec.encode([short])[0][0]) <= 4
     drawn = [caption("--top-p", "1.0", "--temperature", "2", "--seed", s) for s in ("1", "1", "2")]

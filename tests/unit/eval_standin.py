@@ -61,7 +61,13 @@ class ColourModel:
         return torch.stack(rows)
 
     def write(
-        self, vectors_NE: Tensor, *, num_beams: int = 1, max_new_tokens: int = 30, length_penalty: float = 1.0
+        self,
+        vectors_NE: Tensor,
+        *,
+        num_beams: int = 1,
+        max_new_tokens: int = 30,
+        length_penalty: float = 1.0,
+        rerank: float = 0.0,
     ) -> list[str]:
         names = list(COLOURS)
         known = torch.stack([colour_vector(name) for name in names])

@@ -182,6 +182,42 @@ def test_options_reach_generate(monkeypatch: pytest.MonkeyPatch):
     assert all(len(ids) <= 3 for ids in written(model, vectors(), max_new_tokens=3))
 
 
+def test_reranked_beams_are_those_that_the_model_reads_best(monkeypatch: pytest.MonkeyPatch):
+    """Of the same beams: with a small weight the likeliest, with a large one that of the highest cosine."""
+    model, v_NE = llama(), vectors()
+    options: dict[str, Any] = {"num_beams": 4, "max_new_tokens": 6}
+    seen: list[tuple[Tensor, Tensor]] = []
+    search = model.language.generate_beams
+    monkeypatch.setattr(model.language, "generate_beams", lambda *a, **o: seen.append(search(*a, **o)) or seen[-1])
+    plain = model.write(v_NE, **options)
+    assert model.write(v_NE, rerank=1e-6, **options) == plain
+    read = model.write(v_NE, rerank=1e6, **options)
+    assert read == model.write(v_NE, rerank=1e6, batch_size=8, **options)
+
+    def cosines(texts: list[str]) -> Tensor:
+        return torch.cosine_similarity(model.text_vectors(texts), v_NE, dim=1)
+
+    gain_N = cosines(read) - cosines(plain)
+    assert gain_N.min() > -1e-5 and (gain_N > 1e-3).sum() >= 2
+    between = model.write(v_NE, rerank=1.0, **options)
+    assert (cosines(between) - cosines(plain)).min() > -1e-5
+    ids_BKT, score_BK = seen[-1]
+    assert ids_BKT.shape[:2] == score_BK.shape == (len(v_NE), 4)
+    assert (score_BK.diff(dim=1) <= 0).all()  # the likeliest first
+    for ids_KT, score_K, text, v_E in zip(ids_BKT.tolist(), score_BK, between, v_NE, strict=True):
+        own = [model.codec.decode(ids) for ids in ids_KT]
+        value_K = score_K + torch.cosine_similarity(model.text_vectors(own), v_E[None], dim=1)
+        assert own[int(value_K.argmax())] == text
+
+
+@pytest.mark.parametrize(
+    "options", [{"rerank": -1.0}, {"rerank": 1.0}, {"rerank": 1.0, "num_beams": 2, "do_sample": True}]
+)
+def test_reranking_without_beams_is_refused(options: dict[str, Any]):
+    with pytest.raises(UserError, match="captions cannot be reranked"):
+        shared_model().write(vectors(1), **options)
+
+
 def test_a_longer_penalty_gives_longer_captions():
     model = llama()
 

@@ -30,6 +30,7 @@ class TaskOptions:
     num_beams: int = 1
     max_new_tokens: int = 30
     length_penalty: float = 1.0
+    rerank: float = 0.0
     baseline: Literal["none", "crop"] = "none"
     same_text: bool = False
     samples: int = 1000
@@ -45,6 +46,7 @@ class TaskOptions:
             "num_beams": self.num_beams,
             "max_new_tokens": self.max_new_tokens,
             "length_penalty": self.length_penalty,
+            "rerank": self.rerank,
         }
 
 
