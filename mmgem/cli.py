@@ -142,10 +142,8 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="where metrics.json and report.html go (default: MODEL/report)"
     )
     parser.add_argument("--stages", action="store_true", help="compare the model after each stage of the run")
-    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beams of captions (default 1: greedy)")
+    _add_search(parser)
     parser.add_argument("--length-penalty", type=float, default=1.0)
-    _add_rerank(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N")
     parser.add_argument(
         "--baseline",
         choices=("crop",),
@@ -277,16 +275,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beam search (default 1: greedy)")
-    _add_rerank(parser)
+    _add_search(parser)
     parser.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
-def _add_rerank(parser: argparse.ArgumentParser) -> None:
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beams of captions (default 1: greedy)")
     parser.add_argument(
         "--rerank",
         type=float,
@@ -294,6 +291,7 @@ def _add_rerank(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="of the beams take that with the highest mean log p of a token + W * cosine with the picture",
     )
+    parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N")
 
 
 def _writing(args: Arguments) -> dict[str, Any]:
