@@ -10,6 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def contrastive_loss(
+    x_NE: Tensor, owner_N: Tensor, text_ME: Tensor, text_owner_M: Tensor, text_M: Tensor, logit_scale: Tensor
+) -> Tensor:
+    """InfoNCE between images (or boxes) x and texts, each distinct text once.
+
+    The ids are those of `positives`. A text said of many images or boxes is one query and one negative: otherwise the
+    most frequent phrases fill the loss, and are pushed away from each other box as often as they occur.
+    """
+    first = first_of_each(text_M)
+    return info_nce(x_NE, text_ME[first], positives(owner_N, text_owner_M, text_M)[:, first], logit_scale)
+
+
 def positives(owner_N: Tensor, text_owner_M: Tensor, text_M: Tensor) -> Tensor:
     """N x M bool: true where the text, or an equal one, was given to x's owner.
 
@@ -19,6 +31,14 @@ def positives(owner_N: Tensor, text_owner_M: Tensor, text_M: Tensor) -> Tensor:
     own_NM = owner_N[:, None] == text_owner_M[None, :]
     same_MM = text_M[:, None] == text_M[None, :]
     return (own_NM.float() @ same_MM.float()) > 0
+
+
+def first_of_each(text_M: Tensor) -> Tensor:
+    """Where each distinct text first stands, in ascending order."""
+    _, number_M = text_M.unique(return_inverse=True)
+    place_M = torch.arange(len(text_M), device=text_M.device)
+    first = torch.full_like(place_M, len(text_M)).scatter_reduce(0, number_M, place_M, "amin")
+    return place_M[first[number_M] == place_M]
 
 
 def info_nce(x_NE: Tensor, y_ME: Tensor, positive_NM: Tensor, logit_scale: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mmgem.config import StageConfig
 from mmgem.data.batch import Batch
 from mmgem.errors import UserError
 from mmgem.losses.caption import caption_loss
-from mmgem.losses.contrastive import info_nce, positives
+from mmgem.losses.contrastive import contrastive_loss
 from mmgem.model import MMGem, Output
 from mmgem.training.optim import freeze, make_optimizer, schedule
 
@@ -93,11 +93,23 @@ def stage_losses(model: MMGem, out: Output, batch: Batch, stage: StageConfig) ->
     weights, losses = stage.loss, {}
     captions = batch.captions
     if weights.emb and captions:
-        mask_BM = positives(batch.image_id_B, batch.caption_owner_M, batch.caption_text_M)
-        losses["emb"] = info_nce(out.v_BE, out.t_ME[:captions], mask_BM, model.logit_scale)
+        losses["emb"] = contrastive_loss(
+            out.v_BE,
+            batch.image_id_B,
+            out.t_ME[:captions],
+            batch.caption_owner_M,
+            batch.caption_text_M,
+            model.logit_scale,
+        )
     if weights.region_emb and len(batch.boxes_R4):
-        mask_RR = positives(batch.entity_id_R, batch.entity_id_R, batch.phrase_text_R)
-        losses["region_emb"] = info_nce(out.r_RE, out.t_ME[captions:], mask_RR, model.logit_scale)
+        losses["region_emb"] = contrastive_loss(
+            out.r_RE,
+            batch.entity_id_R,
+            out.t_ME[captions:],
+            batch.entity_id_R,
+            batch.phrase_text_R,
+            model.logit_scale,
+        )
     if len(out.hidden_TD):
         of_caption_T = batch.texts.label_text_T < captions
         for name, wanted_T in (("gen", of_caption_T), ("region_gen", ~of_caption_T)):

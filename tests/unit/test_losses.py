@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmgem.losses.caption import caption_loss
-from mmgem.losses.contrastive import _one_way, info_nce, positives
+from mmgem.losses.contrastive import _one_way, contrastive_loss, first_of_each, info_nce, positives
 
 SCALE = torch.tensor(math.log(1 / 0.07))
 
@@ -133,6 +133,24 @@ def test_the_length_of_a_vector_does_not_matter():
     assert torch.allclose(info_nce(x_NE * 100, y_ME / 7, MULTI, SCALE), info_nce(x_NE, y_ME, MULTI, SCALE), rtol=1e-4)
 
 
+def test_a_text_said_of_many_counts_once():
+    x_NE, y_ME = vectors(6, 6)
+    entities, phrases = torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor([7, 8, 7, 9, 7, 8])
+    y_ME = y_ME[[0, 1, 0, 3, 0, 1]]
+    ours = contrastive_loss(x_NE, entities, y_ME, entities, phrases, SCALE)
+    wanted = by_hand(x_NE, y_ME[[0, 1, 3]], phrases[:, None] == torch.tensor([7, 8, 9]), SCALE)
+    assert ours.item() == pytest.approx(wanted.item(), rel=1e-5)
+    more = contrastive_loss(
+        x_NE,
+        entities,
+        torch.cat([y_ME, y_ME[:1]]),
+        torch.cat([entities, entities[:1]]),
+        torch.cat([phrases, phrases[:1]]),
+        SCALE,
+    )
+    assert more.item() == pytest.approx(ours.item(), rel=1e-6)
+
+
 # --- who belongs to whom ---------------------------------------------------------------------------------------------
 
 
@@ -171,6 +189,15 @@ def test_positives_by_hand():
             [any(owners[k] == image and texts[k] == texts[m] for k in range(12)) for m in range(12)] for image in images
         ]
         assert positives(images, owners, texts).tolist() == wanted
+
+
+def test_first_of_each_text():
+    assert first_of_each(torch.tensor([7, 2**61, 7, 2**61 + 1, 2**61, 7])).tolist() == [0, 1, 3]
+    assert first_of_each(torch.tensor([], dtype=torch.long)).tolist() == []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        texts = torch.randint(6, (12,), generator=generator)
+        assert first_of_each(texts).tolist() == [i for i, t in enumerate(texts) if t not in texts[:i]]
 
 
 def test_stable_ids_are_large_and_stay_exact():
