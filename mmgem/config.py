@@ -145,9 +145,6 @@ class StageConfig:
     """0: pairs only. Else at most so many boxes an image, with their phrases, beside the pairs."""
     written_regions: int | None = None
     """At most so many of an image's drawn boxes are also written (`loss.region_gen`); null: all."""
-    rare_phrases: float = 0.0
-    """Of an image's boxes those are drawn more often whose phrase is rare: in proportion to (how often the training
-    split has it)^-rare_phrases. 0: all alike."""
     lr: float = 1e-3
     lr_scale: dict[str, float] = field(default_factory=dict)
     """Factor on `lr` by part, e.g. {vision: 0.1}."""
@@ -437,8 +434,6 @@ def _check_stage(stage: StageConfig, vision: VisionConfig, at: str) -> None:
         stage.written_regions is not None and not 1 <= stage.written_regions <= stage.max_regions,
         "written_regions must be from 1 to max_regions, or null",
     )
-    refuse(stage.rare_phrases < 0, "rare_phrases must be 0 (all boxes alike) or more")
-    refuse(stage.rare_phrases > 0 and not stage.max_regions, "rare_phrases draws boxes; set max_regions above 0")
     refuse(stage.lr <= 0, "lr must be above 0")
     refuse(stage.image_size is not None and stage.image_size < 1, "image_size must be at least 1, or null")
     for name in ("weight_decay", "clip_grad", "cached_views"):

@@ -7,10 +7,8 @@ runs on broken samples only up to the set share.
 
 from __future__ import annotations
 
-import contextlib
 import signal
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +26,6 @@ from mmgem.data.shards import ShardedDataset
 from mmgem.data.transforms import View, draw_view, plain_view
 from mmgem.errors import UserError
 from mmgem.images import Preprocess
-from mmgem.phrases import normalise_phrase
-from mmgem.progress import track
 from mmgem.text import TextCodec
 
 # Purposes of `draws`.
@@ -60,11 +56,6 @@ class Reader(Dataset):
         self.dataset, self.data, self.stage = dataset, data, stage
         self.preprocess, self.seed, self.cache = preprocess, seed, cache
         self.order = Order(len(dataset), seed)
-        self.phrase_counts = count_phrases(dataset) if stage.rare_phrases else Counter()
-
-    def phrase_weight(self, phrase: str) -> float:
-        """What a box with this phrase weighs in the draw of its image's boxes."""
-        return self.phrase_counts[normalise_phrase(phrase)] ** -self.stage.rare_phrases
 
     def __getitem__(self, position: int) -> Item | Broken:
         epoch, index = self.order.at(position)
@@ -86,9 +77,7 @@ class Reader(Dataset):
         boxes_R4 = torch.zeros(0, 4)
         if self.stage.max_regions:
             boxes_R4, kept = view.boxes([r.box for r in sample.regions])
-            weights = [self.phrase_weight(sample.regions[k].phrase) for k in kept] if self.stage.rare_phrases else None
-            rng = draws(self.seed, epoch, index, REGIONS)
-            chosen = _choose(range(len(kept)), self.stage.max_regions, rng, weights)
+            chosen = _choose(range(len(kept)), self.stage.max_regions, draws(self.seed, epoch, index, REGIONS))
             boxes_R4, regions = boxes_R4[list(chosen)], [sample.regions[kept[i]] for i in chosen]
         return Item(
             key=sample.key,
@@ -126,25 +115,9 @@ def cached_view(
     return draw_view(data, preprocess, width, height, draws(seed, number, index, CACHED_VIEW))
 
 
-def count_phrases(dataset: ShardedDataset) -> Counter[str]:
-    """How often the split has each phrase (after `normalise_phrase`), read from the records without their pictures."""
-    counts: Counter[str] = Counter()
-    for index in track(range(len(dataset)), "counting phrases"):
-        with contextlib.suppress(SampleError):  # counted where it is used as a sample
-            counts.update(map(normalise_phrase, dataset.phrases(index)))
-    return counts
-
-
-def _choose(items: Any, count: int, rng: np.random.Generator, weights: Sequence[float] | None = None) -> list[Any]:
-    """At most `count` of them, without repetition, in a random order; by weight, drawn one after the other.
-
-    Weights: the smallest of exponential waiting times at those rates (Efraimidis and Spirakis 2006).
-    """
-    if weights is None:
-        order = rng.permutation(len(items))
-    else:
-        order = np.argsort(rng.exponential(size=len(items)) / np.asarray(weights))
-    return [items[i] for i in order[:count]]
+def _choose(items: Any, count: int, rng: np.random.Generator) -> list[Any]:
+    """At most `count` of them, without repetition, in a random order."""
+    return [items[i] for i in rng.permutation(len(items))[:count]]
 
 
 class StageSampler(Sampler[list[int]]):

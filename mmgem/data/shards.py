@@ -207,10 +207,6 @@ class ShardedDataset:
         """The captions of sample `index`, without reading its picture. Raises SampleError."""
         return parse_captions(self.keys[index], self._meta(index))
 
-    def phrases(self, index: int) -> list[str]:
-        """The phrases of sample `index`'s regions, without reading its picture. Raises SampleError."""
-        return _phrases(self._meta(index))
-
     def iter_texts(self) -> Iterator[str]:
         """Every caption and phrase of the split, in order, without reading a picture.
 
@@ -222,7 +218,10 @@ class ShardedDataset:
                 yield from parse_captions(key, meta)
             except SampleError:
                 continue
-            yield from _phrases(meta)
+            for region in meta.get("regions") or ():
+                phrase = region.get("phrase") if isinstance(region, dict) else None
+                if isinstance(phrase, str) and phrase.strip():
+                    yield phrase.strip()
 
     def _meta(self, index: int) -> dict[str, Any]:
         """The record's JSON, with the text of KEY.txt as caption where it has none."""
@@ -439,11 +438,6 @@ def _spans(members: Mapping[str, list[int]]) -> tuple[int, ...]:
     """Offset and size of the picture, the JSON and the text; -1, 0 for what is not there."""
     image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), (-1, 0))
     return (*image, *members.get("json", (-1, 0)), *members.get("txt", (-1, 0)))
-
-
-def _phrases(meta: dict[str, Any]) -> list[str]:
-    found = [region.get("phrase") for region in meta.get("regions") or () if isinstance(region, dict)]
-    return [phrase.strip() for phrase in found if isinstance(phrase, str) and phrase.strip()]
 
 
 def _merge(key: str, record: bytes, text: bytes) -> dict[str, Any]:

@@ -221,11 +221,9 @@ def test_wrong_types_are_refused_with_their_place(file: Path, override: str, pla
         (["stages.0.global_batch=1"], "global_batch must be at least 2"),
         (["stages.0.captions_per_image=0"], "captions_per_image must be at least 1"),
         (["stages.0.max_regions=-1"], "max_regions must be 0 or more"),
-        (["stages.0.rare_phrases=-1"], "rare_phrases must be 0 \\(all boxes alike\\) or more"),
         (["stages.0.written_regions=1"], "written_regions must be from 1 to max_regions, or null"),
         (["stages.1.written_regions=5"], "written_regions must be from 1 to max_regions, or null"),
         (["stages.1.written_regions=0"], "written_regions must be from 1 to max_regions, or null"),
-        (["stages.0.rare_phrases=1"], "rare_phrases draws boxes; set max_regions above 0"),
         (["stages.0.lr=0"], "lr must be above 0"),
         (["stages.0.image_size=0"], "image_size must be at least 1, or null"),
         (

@@ -164,20 +164,6 @@ def test_no_more_boxes_than_max_regions(split: Path):
     assert len(chosen) > COUNT  # another box in another epoch
 
 
-@pytest.mark.parametrize("power, share", [(0.0, 1 / 2), (0.5, 2 / 3), (1.0, 4 / 5)])
-def test_rare_phrases_are_drawn_more_often(tmp_path: Path, power: float, share: float):
-    """In proportion to frequency^-power: every picture has "dog", spelt in two ways, and one phrase that four have."""
-    box, samples = (4.0, 4.0, 40.0, 40.0), []
-    for n in range(16):
-        phrases = (("a dog", "The dog ")[n % 2], f"thing {n // 4}")
-        samples.append(sample(n, regions=[Region(box, phrase) for phrase in phrases]))
-    split = write_split(tmp_path / "train", samples)
-    source = reader(split, data=DataConfig(), max_regions=1, rare_phrases=power)
-    drawn = [item(source, p).phrases[0] for p in range(1600)]
-    assert sum(phrase.startswith("thing") for phrase in drawn) / 1600 == pytest.approx(share, abs=0.04)
-    assert all(len(item(reader(split, max_regions=2, rare_phrases=power), p).phrases) == 2 for p in range(16))
-
-
 def test_boxes_go_with_their_phrases(split: Path):
     source = reader(split, data=DataConfig(), max_regions=3)
     found = item(source, 0)
