@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import roi_align
 
 from mmgem.model.aggregator import PoolAggregator
 
@@ -86,6 +87,19 @@ def test_regions_and_their_gradients_are_those_of_the_reference(bins: int, point
     assert (ours.grad - reference.grad).abs().max() < 1e-5
     assert not ours.grad[1].any()  # no box, no gradient
     assert all(ours.grad[i].any() for i in (0, 2, 3))
+
+
+@pytest.mark.parametrize(("bins", "points"), [(1, -1), (2, -1), (2, 3)])
+def test_regions_are_torchvisions_roi_align_of_the_whole_map(bins: int, points: int):
+    generator = torch.Generator().manual_seed(3)
+    map_BCHW = torch.randn(3, 8, 9, 12, generator=generator)
+    corners_R22 = torch.rand(200, 2, 2, generator=generator)
+    boxes_R4 = torch.cat([corners_R22.amin(dim=1), corners_R22.amax(dim=1)], dim=1)
+    image_R = torch.randint(3, (200,), generator=generator)
+    rois_R5 = torch.cat([image_R[:, None].float(), boxes_R4 * torch.tensor([12.0, 9.0, 12.0, 9.0])], dim=1)
+    wanted_RC = roi_align(map_BCHW, rois_R5, bins, sampling_ratio=points, aligned=True).mean(dim=(2, 3))
+    found_RC = PoolAggregator(bins, points).regions(map_BCHW, boxes_R4, image_R)
+    assert torch.allclose(found_RC, wanted_RC, atol=1e-5)
 
 
 def test_the_reference_itself_knows_the_right_answer():
