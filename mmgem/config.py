@@ -113,6 +113,7 @@ class DataConfig:
     row_tokens: int = 128
     """Length of a packed row."""
     workers: int = 0
+    """Processes that read samples ahead; 0: the step waits for each."""
     max_broken: float = 0.01
     """The share of samples that may be broken before the run stops."""
     cache: str | None = None
