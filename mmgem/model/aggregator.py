@@ -7,6 +7,7 @@ are not R x 4. Boxes are pooled in fp32 whatever the map's type.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
@@ -63,12 +64,10 @@ class PoolAggregator(nn.Module):
 
 def _pool_per_image(weights_RN: Tensor, map_BNC: Tensor, image_R: Tensor) -> Tensor:
     """Each box's weighted sum over the places of its image -> R x C."""
-    count_B = torch.bincount(image_R, minlength=len(map_BNC))
-    order_R = image_R.argsort(stable=True)
-    place_R = torch.empty_like(order_R)  # each box's number among those of its image
-    place_R[order_R] = (
-        torch.arange(len(order_R), device=order_R.device) - (count_B.cumsum(0) - count_B)[image_R[order_R]]
-    )
-    weights_BKN = weights_RN.new_zeros(len(map_BNC), int(count_B.max()), weights_RN.shape[1])
+    images = len(map_BNC)
+    # Each box's number among those of its image.
+    place_R = F.one_hot(image_R, images).cumsum(dim=0).gather(1, image_R[:, None])[:, 0] - 1
+    most = int(torch.bincount(image_R, minlength=images).max())
+    weights_BKN = weights_RN.new_zeros(images, most, weights_RN.shape[1])
     weights_BKN[image_R, place_R] = weights_RN
     return torch.bmm(weights_BKN, map_BNC)[image_R, place_R]

@@ -90,7 +90,7 @@ def test_regions_and_their_gradients_are_those_of_the_reference(bins: int, point
 
 
 @pytest.mark.parametrize(("bins", "points"), [(1, -1), (2, -1), (2, 3)])
-def test_regions_are_torchvisions_roi_align_of_the_whole_map(bins: int, points: int):
+def test_regions_are_torchvisions_roi_align_of_all_channels(bins: int, points: int):
     generator = torch.Generator().manual_seed(3)
     map_BCHW = torch.randn(3, 8, 9, 12, generator=generator)
     corners_R22 = torch.rand(200, 2, 2, generator=generator)
