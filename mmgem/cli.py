@@ -7,7 +7,6 @@ the traceback), 128 + signal number when stopped. Imports lazily: help answers a
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import sys
@@ -18,11 +17,9 @@ from typing import Any
 
 from mmgem import __version__
 from mmgem.errors import UserError
+from mmgem.memory import keep_freed_memory
 
 Arguments = argparse.Namespace
-
-# As in glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 # --- train, check ------------------------------------------------------------------------------
@@ -332,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin long while they wait starve each other when another program shares the cores: a step on two busy
     # cores then takes many times as long. Read when torch is imported, hence here.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    _keep_freed_memory()
+    keep_freed_memory()
     parser = argparse.ArgumentParser(
         prog="mmgem", description="One model that retrieves and writes, for images and boxes of them."
     )
@@ -356,17 +353,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mmgem: stopped", file=sys.stderr)
         code = 130
     return code
-
-
-def _keep_freed_memory() -> None:
-    """glibc hands large freed blocks back to the kernel, and every step pays the page faults for them anew.
-
-    Kept, they cost a higher peak of memory. Another libc is left as it is.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, -1)
-        mallopt(M_MMAP_MAX, 0)
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:

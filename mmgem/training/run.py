@@ -28,6 +28,7 @@ from mmgem.data.samples import SampleError, decode_image
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError, one_line
 from mmgem.images import Preprocess
+from mmgem.memory import hand_back_freed_memory
 from mmgem.model import MMGem
 from mmgem.model.pretrained import load_weights, model_folder
 from mmgem.progress import track
@@ -167,6 +168,7 @@ def _run_stage(
         num_sanity_val_steps=0,
         default_root_dir=folder.path,
     )
+    hand_back_freed_memory()  # the data module's workers are forks
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return checkpoints.signal
 
