@@ -34,7 +34,7 @@ class VisionConfig:
     name: str | None = None
     """A model name of the library; for open_clip also `hf-hub:org/name`."""
     pretrained: str | None = None
-    """A tag or hub id that the library knows, or a local checkpoint; null: random weights."""
+    """A tag of the library, or a local checkpoint; null: random weights."""
     config: dict[str, Any] = field(default_factory=dict)
     """timm: arguments of `create_model`. open_clip: the tower's `vision_cfg`, which replaces `name`."""
     config_file: str | None = None
@@ -64,7 +64,8 @@ class LlmConfig:
     name: str | None = None
     """A hub id or a local folder; null: random weights from `config`."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Architecture, as in a Hugging Face config.json (`model_type`, `hidden_size` …). `name`, if given, must agree."""
+    """Architecture, as in a Hugging Face config.json (`model_type`, `hidden_size` …). `name`, if given, must agree.
+    What the architecture does not know is refused when the model is built."""
     average_init: float = 0.0
     """Above 0, a random LLM of llama's layout starts as an average of its words instead of as a random mixture: the
     share of the average that each layer's attention adds."""

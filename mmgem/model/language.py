@@ -7,6 +7,7 @@ Refuses models whose packed segments see each other (found by trying) and config
 from __future__ import annotations
 
 import copy
+import difflib
 import math
 from typing import Any
 
@@ -20,6 +21,9 @@ from mmgem.text import TextCodec
 SELF_ATTENTION = 0.4
 """Scale of queries times keys that start as identities: a word's score on itself is this times √head_dim, on another
 word about 0; with heads of 64, 3.2 to 0, so that it sees itself about as much as twenty others."""
+
+_ROPE_SETTINGS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "torch_dtype")
+"""Older names that transformers takes and keeps elsewhere."""
 
 
 class LanguageModel(nn.Module):
@@ -170,6 +174,7 @@ def create_llm(config: LlmConfig, codec: TextCodec, load_weights: bool = True) -
             model.generation_config = GenerationConfig()
         except (OSError, ValueError, StrictDataclassError) as e:
             raise UserError(f"model.llm.name={config.name}: cannot be loaded ({_reason(e, config)})") from e
+        refuse_unknown_settings(config.config, model.config)
         _refuse_contradictions(config, model.config.to_dict())
         if model.get_input_embeddings().num_embeddings < vocab_size:
             raise UserError(
@@ -189,6 +194,7 @@ def create_llm(config: LlmConfig, codec: TextCodec, load_weights: bool = True) -
         except (ValueError, TypeError, KeyError, AssertionError, ImportError, StrictDataclassError) as e:
             raise UserError(f"model.llm.config: transformers cannot build it ({_reason(e, config)})") from e
         if load_weights:
+            refuse_unknown_settings(config.config, model.config)
             if config.embedding_init is not None:
                 nn.init.normal_(model.get_input_embeddings().weight, std=config.embedding_init)
             if config.average_init:
@@ -238,6 +244,17 @@ def _reason(error: Exception, config: LlmConfig) -> str:
     if config.attention != "eager" and "attention implementation" in text:
         return f"it has no {config.attention} attention; set model.llm.attention to eager"
     return text[:250]
+
+
+def refuse_unknown_settings(settings: dict[str, Any], hf_config: Any) -> None:
+    """transformers keeps settings that an architecture does not know, and builds its default size without a word."""
+    default = type(hf_config)()
+    known = {*default.to_dict(), *vars(default), *default.attribute_map, *_ROPE_SETTINGS}
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"model.llm.config.{key}: {hf_config.model_type} has no such setting{hint}")
 
 
 def _refuse_contradictions(config: LlmConfig, loaded: dict[str, Any]) -> None:

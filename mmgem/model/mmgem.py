@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mmgem.config import ModelConfig
 from mmgem.errors import UserError
-from mmgem.images import move_boxes
+from mmgem.images import kept_share, move_boxes
 from mmgem.model.aggregator import PoolAggregator
 from mmgem.model.language import LanguageModel
 from mmgem.model.vision import VisionTower, create_tower
@@ -158,15 +158,17 @@ class MMGem(nn.Module):
     def image_and_region_vectors(
         self, images: Sequence[Image.Image], boxes: Sequence[Boxes], batch_size: int = 64
     ) -> tuple[Tensor, list[Tensor]]:
-        """Pictures and their boxes (in pixels) -> v_NE, and R_i x E for each, from one vision pass; not normalised."""
+        """Pictures and their boxes (in pixels) -> v_NE, and R_i x E for each, from one vision pass; not normalised.
+
+        A box that reaches over the border is clipped; UserError for one without area, or of which nothing is seen.
+        """
         image_parts: list[Tensor] = []
         regions: list[Tensor] = []
         with self._evaluating():
             for start in range(0, len(images), batch_size):
                 chunk = images[start : start + batch_size]
                 chunk_boxes = [
-                    move_boxes(b, self.preprocess.window(*image.size))
-                    for image, b in zip(chunk, boxes[start : start + batch_size], strict=True)
+                    self._shares(image, b) for image, b in zip(chunk, boxes[start : start + batch_size], strict=True)
                 ]
                 map_BCHW = self.vision(
                     torch.stack([self.preprocess(i) for i in chunk]).to(self.device, self.h1.weight.dtype)
@@ -180,6 +182,20 @@ class MMGem(nn.Module):
                 regions += list(r_RE.float().cpu().split(counts))
         v_NE = torch.cat(image_parts) if image_parts else torch.zeros(0, self.config.embed_dim)
         return v_NE, regions
+
+    def _shares(self, image: Image.Image, boxes: Boxes) -> Tensor:
+        """Boxes in the picture's pixels -> R x 4 shares of what the tower sees of it."""
+        seen = self.preprocess.window(*image.size)
+        for box in boxes:
+            x1, y1, x2, y2 = box
+            if not (x2 > x1 and y2 > y1):
+                raise UserError(f"box {tuple(box)} has no area; x2 must be above x1 and y2 above y1")
+            if kept_share([box], seen)[0] == 0:
+                raise UserError(
+                    f"box {tuple(box)} lies outside what the model sees of a picture of {image.width} x {image.height} "
+                    f"pixels, {seen}; give boxes as x1, y1, x2, y2 in its pixels"
+                )
+        return move_boxes(boxes, seen)
 
     def image_vectors(self, images: Sequence[Image.Image], batch_size: int = 64) -> Tensor:
         """PIL pictures -> v_NE, not normalised, float32 on CPU."""

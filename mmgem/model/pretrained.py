@@ -6,6 +6,7 @@ that lack a file or hold weights that do not fit, and names what is wrong.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -39,7 +40,7 @@ def save_pretrained(model: MMGem, path: Path) -> None:
     try:
         save_model(model, str(unfinished / "model.safetensors"))
         model.codec.tokenizer.save_pretrained(unfinished)
-        (unfinished / "config.json").write_text(json.dumps({"schema": SCHEMA, **portable_config(model)}, indent=2))
+        (unfinished / "config.json").write_text(config_json(model))
         unfinished.chmod(0o755)
         replace_folder(unfinished, path)
     finally:
@@ -72,8 +73,26 @@ def portable_config(model: MMGem) -> dict[str, Any]:
     vision |= model.vision.portable
     llm["origin"], llm["name"] = llm["name"], None
     llm["config"] = json.loads(model.language.hf.config.to_json_string(use_diff=False))
-    tree["embed_dim"] = model.config.embed_dim
     return {"model": tree}
+
+
+def config_json(model: MMGem) -> str:
+    """The text of config.json, from which `parse_config` and `inherit` build the model's shape again."""
+    return json.dumps({"schema": SCHEMA, **portable_config(model)}, indent=2)
+
+
+def inherit(settings: ModelConfig, origin: ModelConfig) -> ModelConfig:
+    """The settings, and, where they leave something to an LLM's or a tower's source, what it said for `origin`.
+
+    Weights tell the shapes, but not e.g. the base of rotary positions, or a tower's mean and standard deviation.
+    """
+    settings = copy.deepcopy(settings)
+    settings.llm.config = {**origin.llm.config, **settings.llm.config}
+    settings.vision.mean = settings.vision.mean or origin.vision.mean
+    settings.vision.std = settings.vision.std or origin.vision.std
+    if settings.vision.frozen_statistics is None:
+        settings.vision.frozen_statistics = origin.vision.frozen_statistics
+    return settings
 
 
 def from_pretrained(path: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> MMGem:
@@ -130,16 +149,20 @@ def _is_ours(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> ModelConfig:
+    file = folder / "config.json"
+    return parse_config(file.read_text(), str(file))
+
+
+def parse_config(text: str, source: str) -> ModelConfig:
+    """What `config_json` gave, as settings. `source` names it in errors."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        tree = json.loads((folder / "config.json").read_text())
+        tree = json.loads(text)
         if tree.get("schema") != SCHEMA:
-            raise UserError(
-                f"{folder}/config.json: schema {tree.get('schema')}, this version reads {SCHEMA}; upgrade mmgem"
-            )
+            raise UserError(f"{source}: schema {tree.get('schema')}, this version reads {SCHEMA}; upgrade mmgem")
         tree["model"]["vision"].pop("origin", None)
         tree["model"]["llm"].pop("origin", None)
         return TypeAdapter(ModelConfig).validate_python(tree["model"])
     except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as e:
-        raise UserError(f"{folder}/config.json: not a model's config ({one_line(e)[:200]})") from e
+        raise UserError(f"{source}: not a model's config ({one_line(e)[:200]})") from e

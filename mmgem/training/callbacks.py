@@ -21,6 +21,7 @@ from mmgem.config import Config
 from mmgem.data.batch import Batch
 from mmgem.data.datamodule import StageData
 from mmgem.errors import UserError
+from mmgem.model.pretrained import config_json
 from mmgem.progress import Progress
 from mmgem.training.checkpoint import RunFolder, RunState, state_tree
 from mmgem.training.module import StageModule
@@ -145,6 +146,8 @@ class Checkpoints(L.Callback):
         assert isinstance(pl_module, StageModule)
         samples = trainer.global_step * pl_module.stage.global_batch
         checkpoint["run_state"] = state_tree(RunState(pl_module.stage_number, samples))
+        # What the LLM's and the tower's sources said beside their weights, which a resumed run does not read again.
+        checkpoint["architecture"] = config_json(pl_module.model)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -30,7 +30,7 @@ from mmgem.errors import UserError, one_line
 from mmgem.images import Preprocess
 from mmgem.memory import hand_back_freed_memory
 from mmgem.model import MMGem
-from mmgem.model.pretrained import load_weights, model_folder
+from mmgem.model.pretrained import inherit, load_weights, model_folder, parse_config, read_config
 from mmgem.progress import track
 from mmgem.text import load_tokenizer, train_tokenizer
 from mmgem.training.callbacks import BrokenSamples, CaptionSamples, Checkpoints, StepLog
@@ -89,6 +89,8 @@ def _train(config: Config, resume: str, folder: RunFolder) -> int | None:
             stopped_by = _run_stage(config, stage, number, sum(steps[:number]), model, dataset, folder, resumed)
             if stopped_by:
                 return stopped_by
+        elif (folder.stages / stage.name).is_dir():
+            continue  # saved before the run was stopped, and others may have put a report beside it
         model.save_pretrained(folder.stages / stage.name)
     model.save_pretrained(folder.model)
     folder.write_facts(finished=True)
@@ -105,9 +107,15 @@ def _build(
     L.seed_everything(config.seed, verbose=False)
     fresh = checkpoint is None and config.init_from is None
     tokenizer = make_tokenizer(config, dataset, folder, fresh=checkpoint is None)
-    model = MMGem(config.model, tokenizer, load_weights=fresh)
-    if checkpoint is None and config.init_from is not None:
-        load_weights(model, model_folder(Path(config.init_from)))
+    settings, origin = config.model, None
+    if content is not None and "architecture" in content:  # not in checkpoints of early versions
+        settings = inherit(settings, parse_config(content["architecture"], str(checkpoint)))
+    elif checkpoint is None and config.init_from is not None:
+        origin = model_folder(Path(config.init_from))
+        settings = inherit(settings, read_config(origin))
+    model = MMGem(settings, tokenizer, load_weights=fresh)
+    if origin is not None:
+        load_weights(model, origin)
     model.language.refuse_leaks()
     if fresh and config.model.vision.standardise:
         measure_standard(model, dataset, choose_device(config))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import STEPS, Process, Tiny, figures, read_lines, same_bits, weights
+import yaml
+from tiny import CONFIG, STEPS, Process, Tiny, figures, read_lines, same_bits, weights
 
 from mmgem.cli import main
 
@@ -174,6 +175,52 @@ def test_from_a_named_checkpoint_into_another_folder(tiny: Tiny, unbroken: Path,
     assert figures(tmp_path / "branch") == figures(unbroken)[35:]
     assert same_bits(weights(tmp_path / "branch/model"), weights(unbroken / "model"))
     assert not (tmp_path / "branch/stages/global").exists(), "its weights are not known here"
+
+
+def test_the_llms_own_settings_are_not_asked_for_again(tiny: Tiny, unbroken: Path, tmp_path: Path) -> None:
+    """Named by its folder alone; the base of its positions and its norms' epsilon are in no weight."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    llm = tmp_path / "llm"
+    AutoTokenizer.from_pretrained(unbroken / "tokenizer").save_pretrained(llm)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    own = AutoConfig.for_model("llama", **sizes, vocab_size=403, rope_theta=77.0, rms_norm_eps=0.5)
+    AutoModelForCausalLM.from_config(own).save_pretrained(llm)
+    config = tmp_path / "named.yaml"
+    tree = yaml.safe_load(CONFIG.read_text())
+    tree["model"]["llm"] = {"name": str(llm)}
+    config.write_text(yaml.safe_dump(tree))
+
+    def train(run: Path, *overrides: str, resume: str = "never") -> int:
+        settings = [f"run={run}", f"data.path={tiny.data}", "stages.0.samples=160", "stages.1=null", *overrides]
+        return main(["train", "--config", str(config), "--resume", resume, *settings])
+
+    assert train(tmp_path / "run", KEEP, "training.checkpoint_every=5") == 0
+    shutil.rmtree(tmp_path / "run/model")
+    (tmp_path / "run/checkpoints/step-00000010.ckpt").unlink()
+    whole = figures(tmp_path / "run"), weights(tmp_path / "run/stages/global")
+    shutil.rmtree(tmp_path / "run/stages")
+    assert train(tmp_path / "run", KEEP, "training.checkpoint_every=5", resume="auto") == 0
+    assert figures(tmp_path / "run") == whole[0]
+    assert same_bits(weights(tmp_path / "run/model"), whole[1])
+    saved = json.loads((tmp_path / "run/model/config.json").read_text())["model"]["llm"]
+    assert saved["origin"] == str(llm) and saved["config"]["rms_norm_eps"] == 0.5
+    assert saved["config"]["rope_parameters"]["rope_theta"] == 77.0
+    # A later run from this model, which says next to nothing of the LLM, has them too.
+    tree["model"]["llm"] = {"config": {"model_type": "llama"}}
+    config.write_text(yaml.safe_dump(tree))
+    assert train(tmp_path / "more", f"init_from={tmp_path / 'run'}") == 0
+    again = json.loads((tmp_path / "more/model/config.json").read_text())["model"]["llm"]["config"]
+    assert again["rms_norm_eps"] == 0.5 and again["rope_parameters"] == saved["config"]["rope_parameters"]
+
+
+def test_a_report_beside_a_stages_model_is_no_obstacle(tiny: Tiny, copy: Path, unbroken: Path) -> None:
+    interrupt(copy, 25)  # the end of the first stage
+    shutil.rmtree(copy / "stages/fine-grained")
+    (copy / "stages/global/report").mkdir()
+    assert tiny.train(copy, *RANDOM, KEEP, resume="auto") == 0
+    assert_same_run(copy, unbroken)
 
 
 def test_finished_run_stays_as_it_is(tiny: Tiny, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

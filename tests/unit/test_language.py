@@ -24,13 +24,14 @@ from mmgem.text import PackedTexts, TextCodec, pack_texts, train_tokenizer
 
 CODEC = codec()
 BASE = {k: v for k, v in LLAMA.items() if k != "model_type"}
+ALL_HEADS = {k: v for k, v in BASE.items() if k != "num_key_value_heads"}
 GPT: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 LLMS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "qwen3": {**BASE, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False},
     "gpt2": {**GPT, **NO_DROPOUT, "model_type": "gpt2"},
-    "gpt_neox": {**BASE, "model_type": "gpt_neox", "rotary_pct": 0.5},
+    "gpt_neox": {**ALL_HEADS, "model_type": "gpt_neox", "rotary_pct": 0.5},
     "gemma2": {**BASE, "model_type": "gemma2", "head_dim": 16, "final_logit_softcapping": 5.0},
 }
 # transformers has no sdpa for gemma2.
@@ -379,7 +380,7 @@ def test_an_llm_with_too_few_positions_is_refused():
         ({"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 1, "state_size": 4}, "mamba takes no packed"),
         ({**BASE, "model_type": "granite", "logits_scaling": 8.0}, "granite has scores or a mask of its own kind"),
         ({**BASE, "model_type": "cohere", "logit_scale": 0.06}, "cohere has scores or a mask of its own kind"),
-        ({**BASE, "model_type": "bert"}, "bert has scores or a mask of its own kind"),
+        ({**ALL_HEADS, "model_type": "bert"}, "bert has scores or a mask of its own kind"),
         ({**LLMS["gemma2"], "sliding_window": 3}, "gemma2 has scores or a mask of its own kind"),
     ],
 )
@@ -424,3 +425,29 @@ def test_a_folder_that_contradicts_the_config_is_refused(saved_llm: Path, tmp_pa
         LanguageModel(LlmConfig(name=str(saved_llm)), larger)
     with refused(r"nowhere: cannot be loaded"):
         language({}, name=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hiden_size": 64}, "model.llm.config.hiden_size: llama has no such setting; did you mean hidden_size"),
+        ({"n_embd": 64}, "model.llm.config.n_embd: llama has no such setting"),
+    ],
+)
+def test_settings_that_the_llm_does_not_know_are_refused(saved_llm: Path, settings: dict[str, Any], message: str):
+    with refused(message):
+        language({**LLAMA, **settings})
+    with refused(message):
+        language(settings, name=str(saved_llm))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "hidden_size": 32, "num_attention_heads": 2, "n_layer": 1, "n_positions": 64},
+        {**LLAMA, "rope_theta": 500.0, "torch_dtype": "float32"},
+        {**LLAMA, "model_type": "stablelm", "partial_rotary_factor": 0.5},
+    ],
+)
+def test_settings_by_their_other_names_are_taken(config: dict[str, Any]):
+    assert language(config).hf.config.hidden_size == config["hidden_size"]

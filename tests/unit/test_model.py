@@ -25,12 +25,13 @@ from torch import Tensor
 
 from mmgem import MMGem
 from mmgem.config import VisionConfig
+from mmgem.errors import UserError
 from mmgem.images import move_boxes
 from mmgem.model import Output
 from mmgem.text import PackedTexts, pack_texts
 
 PICTURES = [picture(n, 60 + 12 * n, 90 - 7 * n) for n in range(4)]
-BOXES = [[(0.0, 0.0, 30.0, 40.0), (20.0, 5.0, 60.0, 70.0)], [], [(5.0, 5.0, 50.0, 60.0)], [(0.5, 0.5, 2.0, 2.0)]]
+BOXES = [[(0.0, 0.0, 30.0, 40.0), (20.0, 5.0, 60.0, 70.0)], [], [(5.0, 5.0, 50.0, 60.0)], [(20.5, 0.5, 22.0, 2.0)]]
 # Four images with two captions each for the first and the last, one for the others; then the boxes' phrases.
 OF_CAPTION = [0, 0, 1, 2, 3, 3]
 OF_REGION = [0, 0, 2, 3]
@@ -395,3 +396,32 @@ def test_long_texts_are_cut():
     cut = model.codec.decode(model.codec.encode([long])[0][0])
     assert len(cut) < len(long)
     assert distance(model.text_vectors([long]), model.text_vectors([cut])) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ((10, 10, 10, 40), "has no area"),
+        ((40, 10, 10, 40), "has no area"),
+        ((10, 40, 40, 10), "has no area"),
+        ((float("nan"), 0, 40, 10), "has no area"),
+        ((60, 10, 80, 40), "lies outside what the model sees of a picture of 60 x 90 pixels"),
+        ((10, -40, 40, -2), "lies outside"),
+    ],
+)
+def test_boxes_of_which_nothing_is_seen_are_refused(box: tuple[float, float, float, float], message: str):
+    with pytest.raises(UserError, match=message):
+        shared_model().embed_regions([PICTURES[0]], [[(5, 5, 20, 20), box]])
+
+
+def test_a_box_outside_the_central_square_is_refused_where_only_that_is_seen():
+    model = build(model_config(vision=cnn(resize="crop")))
+    assert model.embed_regions([picture(0, 60, 90)], [[(5, 10, 20, 20)]])[0].shape[0] == 1  # a part of it is seen
+    with pytest.raises(UserError, match="lies outside what the model sees"):
+        model.embed_regions([picture(0, 60, 90)], [[(5, 0, 20, 14)]])
+
+
+def test_a_box_over_the_border_is_clipped():
+    model = shared_model()
+    wide, clipped = model.embed_regions([PICTURES[0]], [[(-20, 10, 40, 120), (0, 10, 40, 90)]])[0]
+    assert distance(wide, clipped) < 1e-6

@@ -18,7 +18,7 @@ from helpers import LLAMA, TEXTS, build, clip_vit, cnn, model_config, picture, s
 from mmgem import MMGem
 from mmgem.config import ModelConfig, VisionConfig
 from mmgem.errors import UserError
-from mmgem.model.pretrained import replace_folder
+from mmgem.model.pretrained import config_json, inherit, parse_config, replace_folder
 
 PICTURES = [picture(n, 60 + 12 * n, 90 - 7 * n) for n in range(3)]
 BOXES = [[(0.0, 0.0, 30.0, 40.0), (20.0, 5.0, 60.0, 70.0)], [], [(5.0, 5.0, 50.0, 60.0)]]
@@ -109,6 +109,23 @@ def test_what_config_json_says(tmp_path: Path):
     assert llm["config"]["model_type"] == "llama" and llm["config"]["hidden_size"] == 64
     assert llm["config"]["rms_norm_eps"] > 0  # also what was left to the library
     assert tree["model"]["embed_dim"] == 32 and tree["model"]["max_tokens"] == 16
+
+
+def test_what_a_config_leaves_to_its_source_is_inherited(tmp_path: Path):
+    """A tag's mean, deviation and frozen statistics, an LLM's epsilon: none of them is a weight."""
+    model = build(model_config(vision=cnn(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), frozen_statistics=True)))
+    origin = parse_config(config_json(model), "test")
+    origin.llm.config["rms_norm_eps"] = 0.5
+    asked = model_config(vision=cnn(mean=None, std=None))
+    asked.visual_dropout = 0.3
+    settings = inherit(asked, origin)
+    assert settings.vision.mean == (0.1, 0.2, 0.3) and settings.vision.std == (0.4, 0.5, 0.6)
+    assert settings.vision.frozen_statistics is True
+    assert settings.llm.config["rms_norm_eps"] == 0.5 and settings.visual_dropout == 0.3
+    assert "rms_norm_eps" not in asked.llm.config, "the asked settings are left as they are"
+    asked.llm.config["rms_norm_eps"], asked.vision.mean = 0.25, (0.0, 0.0, 0.0)
+    settings = inherit(asked, origin)
+    assert settings.llm.config["rms_norm_eps"] == 0.25 and settings.vision.mean == (0.0, 0.0, 0.0)
 
 
 def test_nothing_else_is_needed_to_load(tmp_path: Path):
