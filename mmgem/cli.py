@@ -157,8 +157,11 @@ def run_eval(args: Arguments) -> int:
 
     tasks = [args.task]
     if args.task == "all":
-        has_regions = (args.data / args.split).is_dir() and ShardedDataset(args.data / args.split).has_regions
-        tasks = [name for name, task in TASKS.items() if has_regions or not task.regions]
+        tasks = list(TASKS)
+        if (args.data / args.split).is_dir():
+            split = ShardedDataset(args.data / args.split)
+            # A split that allows none keeps them all: `evaluate` then says what it lacks.
+            tasks = [name for name, task in TASKS.items() if not task.lacks(split)] or tasks
     options = TaskOptions(
         num_beams=args.beams,
         length_penalty=args.length_penalty,

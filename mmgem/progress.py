@@ -32,10 +32,10 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
+            left = [] if self.total is None else [TextColumn("left"), TimeRemainingColumn()]
             self._bar = Bar(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
+                TimeElapsedColumn(), *left, TextColumn("{task.fields[note]}"), console=Console(stderr=True),
             )  # fmt: skip
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, rate="", note="")

@@ -195,6 +195,10 @@ class ShardedDataset:
         return {**self.__dict__, "_files": OrderedDict()}
 
     @property
+    def has_captions(self) -> bool:
+        return self.totals["captions"] > 0
+
+    @property
     def has_regions(self) -> bool:
         return self.totals["regions"] > 0
 

@@ -2,7 +2,7 @@
 
 Receives models (paths, or models in memory) by name, a data folder, a split and task names. Gives
 the results, and writes both files. Refuses, with a UserError: unknown tasks and names, missing
-data, and region tasks on data without regions, all before a model is loaded.
+data, and tasks on data without the regions or captions they need, all before a model is loaded.
 """
 
 import functools
@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from PIL import Image
 from torch import nn
@@ -23,9 +22,12 @@ from mmgem.evaluation.report import About, write_report
 from mmgem.evaluation.result import TaskResult, metrics_json, write_json
 from mmgem.evaluation.tasks import TASKS, Task, TaskOptions
 from mmgem.evaluation.tasks.common import versions
-from mmgem.inference.encode import Encoded, Encoder, encode_dataset
+from mmgem.inference.encode import MAX_BROKEN, Encoded, Encoder, encode_dataset
+from mmgem.inference.use import load_model
 
 Results = dict[str, dict[str, TaskResult]]
+
+_NEEDED = {"regions": "boxes with phrases", "captions": "captions to compare with"}
 
 
 def evaluate(
@@ -39,7 +41,7 @@ def evaluate(
     device: str = "auto",
     options: TaskOptions | None = None,
     crop_baseline: bool | Collection[str] = False,
-    max_broken: float = 0.01,
+    max_broken: float = MAX_BROKEN,
     run_dir: str | Path | None = None,
     title: str = "",
 ) -> Results:
@@ -108,22 +110,16 @@ def _open(data: Path, split: str, tasks: Sequence[Task]) -> ShardedDataset:
         raise UserError(f"{data}: no split {split!r}; {has}")
     dataset = ShardedDataset(data / split)
     for task in tasks:
-        if task.regions and not dataset.has_regions:
+        if lacking := task.lacks(dataset):
             raise UserError(
-                f"{data}: split {split} has no regions; {task.name} needs boxes with phrases, "
+                f"{data}: split {split} has no {lacking}; {task.name} needs {_NEEDED[lacking]}, "
                 "choose other data or another task"
             )
     return dataset
 
 
 def _load(source: str | Path | Encoder, device: str) -> Encoder:
-    if not isinstance(source, (str, Path)):
-        return source
-    from mmgem import MMGem
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return MMGem.from_pretrained(source, device=device)
+    return load_model(Path(source), device) if isinstance(source, (str, Path)) else source
 
 
 def _sizes(model: Encoder) -> str:

@@ -10,7 +10,7 @@ with a UserError, and so is a split without a single readable image.
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, floor
 from typing import Any, Protocol
 
@@ -21,12 +21,20 @@ from torch import Tensor
 from mmgem.data.samples import Box, Sample, SampleError, decode_image
 from mmgem.errors import UserError
 from mmgem.progress import Progress
+from mmgem.text import TextCodec
 
+MAX_BROKEN = 0.01
+"""The share of samples that may be broken."""
 _CROP_BATCH = 64
 
 
 class Encoder(Protocol):
     """The part of MMGem that encoding and evaluation use. Vectors come un-normalised."""
+
+    @property
+    def codec(self) -> TextCodec: ...
+
+    def sees(self, image: Image.Image, box: Box) -> bool: ...
 
     def image_vectors(self, images: Sequence[Image.Image], batch_size: int = ...) -> Tensor: ...
 
@@ -73,6 +81,8 @@ class Encoded:
     """Captions, image after image; [0, E] if texts were not asked for."""
     text_image: Tensor
     """[M] the image (0 … N-1) of each caption."""
+    text_cut_M: Tensor
+    """Whether each caption was longer than the model's max_tokens, and cut."""
     region_vectors_RE: Tensor
     """Regions of equal box have equal rows; [0, E] if regions were not asked for."""
     region_image: Tensor
@@ -83,10 +93,14 @@ class Encoded:
     phrases: list[str]
     """The distinct phrases, as the data write them."""
     phrase_vectors_PE: Tensor
+    phrase_cut_P: Tensor
+    """As `text_cut_M`."""
     crop_vectors_RE: Tensor | None = None
     """The image vector of each box cut out as a picture of its own; the baseline."""
     skipped: list[str] = field(default_factory=list)
     """One line for each broken sample: its key and the reason."""
+    regions_unseen: int = 0
+    """Regions left out because the model sees nothing of their box (`resize: crop`)."""
 
     @property
     def caption_texts(self) -> list[str]:
@@ -113,6 +127,7 @@ class _Parts:
     positions: list[int] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    regions_unseen: int = 0
 
 
 def encode_dataset(
@@ -124,7 +139,7 @@ def encode_dataset(
     texts: bool = True,
     regions: bool = True,
     crops: bool = False,
-    max_broken: float = 0.01,
+    max_broken: float = MAX_BROKEN,
     title: str = "encode",
 ) -> Encoded:
     """Streams the split once and encodes it.
@@ -137,7 +152,7 @@ def encode_dataset(
     with _bar(title, len(dataset), "images", progress) as bar:
         for loaded in _batches(dataset, batch_size):
             parts.skipped += loaded.skipped
-            _refuse_if_broken(parts.skipped, len(dataset), max_broken)
+            refuse_if_broken(parts.skipped, len(dataset), max_broken)
             if loaded.items:
                 _encode_batch(model, loaded, parts, regions, crops)
             if bar is not None:
@@ -146,16 +161,17 @@ def encode_dataset(
         raise UserError(
             f"{title}: no readable image among {len(dataset)} samples"
             + (f", the first: {parts.skipped[0]}" if parts.skipped else "")
-            + "; run `mmgem data check` on the data"
+            + "; prepare the data again with `mmgem data prepare`"
         )
     return _assemble(model, parts, texts, regions, crops, progress, title)
 
 
-def _refuse_if_broken(skipped: list[str], total: int, max_broken: float) -> None:
+def refuse_if_broken(skipped: Sequence[str], total: int, max_broken: float = MAX_BROKEN) -> None:
+    """Raises UserError when more of `total` samples were skipped than the share; one always may be."""
     if len(skipped) > max(1.0, max_broken * total):
         raise UserError(
             f"{len(skipped)} of {total} samples are broken, more than the share of {max_broken:g} "
-            f"that may be; the first: {skipped[0]}; run `mmgem data check` or raise max_broken"
+            f"that may be; the first: {skipped[0]}; prepare the data again with `mmgem data prepare`"
         )
 
 
@@ -187,7 +203,8 @@ def _load(dataset: Dataset, start: int, stop: int) -> _Loaded:
 def _encode_batch(model: Encoder, loaded: _Loaded, parts: _Parts, regions: bool, crops: bool) -> None:
     """One vision pass for the images and their distinct boxes; boxes of several phrases once."""
     images = [image for _, _, image in loaded.items]
-    samples = [sample for _, sample, _ in loaded.items]
+    samples = [_seen(model, sample, image) if regions else sample for _, sample, image in loaded.items]
+    parts.regions_unseen += sum(len(s.regions) for _, s, _ in loaded.items) - sum(len(s.regions) for s in samples)
     distinct = [list(dict.fromkeys(r.box for r in s.regions)) if regions else [] for s in samples]
     v_BE, r_RE = model.image_and_region_vectors(images, distinct, batch_size=len(images))
     parts.images.append(_plain(v_BE))
@@ -204,6 +221,11 @@ def _encode_batch(model: Encoder, loaded: _Loaded, parts: _Parts, regions: bool,
         if cut_vectors is not None:
             parts.crops.append(cut_vectors[[done + row for row in rows]])
         done += len(boxes)
+
+
+def _seen(model: Encoder, sample: Sample, image: Image.Image) -> Sample:
+    """The sample without the regions of which the model sees nothing."""
+    return replace(sample, regions=tuple(r for r in sample.regions if model.sees(image, r.box)))
 
 
 def crop(image: Image.Image, box: Box) -> Image.Image:
@@ -236,23 +258,28 @@ def _assemble(
     _refuse_not_finite(image_NE, parts.samples, title)
     nothing = image_NE.new_zeros(0, image_NE.shape[1])
     vectors = embed_texts(model, distinct, progress=progress, title=title) if distinct else nothing
+    cut = torch.tensor(model.codec.encode(distinct)[1], dtype=torch.bool)
+    flat_rows, phrase_rows = (torch.tensor([row[t] for t in own], dtype=torch.int64) for own in (flat, phrases))
     counts = torch.tensor([len(own) for own in captions] if texts else [0] * len(captions))
     return Encoded(
         image_vectors_NE=image_NE,
         keys=[sample.key for sample in parts.samples],
         positions=parts.positions,
         captions=captions,
-        text_vectors_ME=vectors[torch.tensor([row[t] for t in flat], dtype=torch.int64)],
+        text_vectors_ME=vectors[flat_rows],
         text_image=torch.repeat_interleave(torch.arange(len(captions)), counts),
+        text_cut_M=cut[flat_rows],
         region_vectors_RE=torch.cat([*parts.regions, nothing]),
         region_image=torch.tensor([i for i, _ in owned], dtype=torch.int64),
         region_boxes=[region.box for _, region in owned],
         region_phrases=[region.phrase for _, region in owned],
         region_entities=[region.entity for _, region in owned],
         phrases=phrases,
-        phrase_vectors_PE=vectors[torch.tensor([row[t] for t in phrases], dtype=torch.int64)],
+        phrase_vectors_PE=vectors[phrase_rows],
+        phrase_cut_P=cut[phrase_rows],
         crop_vectors_RE=torch.cat([*parts.crops, nothing]) if crops and regions else None,
         skipped=parts.skipped,
+        regions_unseen=parts.regions_unseen,
     )
 
 

@@ -1,7 +1,7 @@
 """What the commands `caption`, `regions` and `embed` do, on files.
 
 Receives a model and paths. Gives rows or a file of vectors. Refuses files that are no pictures, boxes that are no
-boxes of the picture, and empty texts, each by name.
+boxes of the picture, empty texts, and a split with too many broken samples, each by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 from mmgem.data.samples import SampleError, decode_image, parse_sample
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
-from mmgem.images import kept_share
+from mmgem.inference.encode import refuse_if_broken
 from mmgem.model import MMGem
 from mmgem.progress import Progress
 
@@ -88,7 +88,7 @@ def describe_regions(
     seen = model.preprocess.window(*image.size)
     for box in boxes:
         check_box(box, image, str(path))
-        if kept_share([box], seen)[0] == 0:
+        if not model.sees(image, box):
             raise UserError(
                 f"{path}: the model sees {seen} of this picture (resize: crop), and box {tuple(box)} lies outside"
             )
@@ -138,6 +138,9 @@ def _embed_texts(model: MMGem, file: Path) -> tuple[list[str], list[np.ndarray]]
         raise UserError(
             f"--texts {file}: {f'line {empty[0]} is empty' if empty else 'no lines'}; one text a line is needed"
         )
+    if cut := sum(model.codec.encode(lines)[1]):
+        limit = model.codec.max_tokens
+        print(f"{cut} of {len(lines)} texts were longer than the model's {limit} tokens and cut", file=sys.stderr)
     return lines, [model.embed_texts(lines).numpy()]
 
 
@@ -176,9 +179,16 @@ def _from_files(paths: Sequence[Path]) -> Iterator[tuple[str, Image.Image]]:
 def _from_split(split: Path | None) -> Iterator[tuple[str, Image.Image]]:
     assert split is not None
     dataset = ShardedDataset(split)
+    skipped: list[str] = []
     for index in range(len(dataset)):
         try:
             sample = dataset.sample(index)
-            yield sample.key, decode_image(sample)
+            image = decode_image(sample)
         except SampleError as e:
             print(f"skipped {e}", file=sys.stderr)
+            skipped.append(str(e))
+            refuse_if_broken(skipped, len(dataset))
+        else:
+            yield sample.key, image
+    if skipped:
+        print(f"{len(skipped)} of {len(dataset)} samples were broken and left out", file=sys.stderr)

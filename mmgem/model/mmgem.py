@@ -183,6 +183,10 @@ class MMGem(nn.Module):
         v_NE = torch.cat(image_parts) if image_parts else torch.zeros(0, self.config.embed_dim)
         return v_NE, regions
 
+    def sees(self, image: Image.Image, box: Sequence[float]) -> bool:
+        """Whether any of a box (x1, y1, x2, y2 in pixels) lies in what the tower sees of its picture."""
+        return kept_share([box], self.preprocess.window(*image.size))[0] > 0
+
     def _shares(self, image: Image.Image, boxes: Boxes) -> Tensor:
         """Boxes in the picture's pixels -> R x 4 shares of what the tower sees of it."""
         seen = self.preprocess.window(*image.size)
@@ -190,7 +194,7 @@ class MMGem(nn.Module):
             x1, y1, x2, y2 = box
             if not (x2 > x1 and y2 > y1):
                 raise UserError(f"box {tuple(box)} has no area; x2 must be above x1 and y2 above y1")
-            if kept_share([box], seen)[0] == 0:
+            if not self.sees(image, box):
                 raise UserError(
                     f"box {tuple(box)} lies outside what the model sees of a picture of {image.width} x {image.height} "
                     f"pixels, {seen}; give boxes as x1, y1, x2, y2 in its pixels"

@@ -10,9 +10,10 @@ import copy
 
 import torch
 
-from mmgem.config import Config
+from mmgem.config import Config, ModelConfig
 from mmgem.errors import UserError
 from mmgem.model import MMGem
+from mmgem.model.language import refuse_unknown_settings
 from mmgem.text import train_tokenizer
 from mmgem.training.run import count_parameters
 
@@ -33,11 +34,9 @@ def check(config: Config) -> str:
 def meta_counts(config: Config) -> tuple[dict[str, int], dict[str, str]]:
     """Parameters by part, and the shapes along the path for one picture, from a model on the meta device."""
     settings = copy.deepcopy(config.model)
-    if settings.llm.name and "model_type" not in settings.llm.config:
-        raise UserError(
-            f"model.llm.config: describe {settings.llm.name} here (model_type, hidden_size …) to check without it"
-        )
-    # Any tokenizer does: a named LLM's vocabulary is in its config, and one that is trained has the size that is set.
+    _refuse_unknown_sizes(settings)
+    # Any tokenizer does: the vocabulary of a named LLM or tokenizer is in llm.config, and one that is trained has the
+    # size that is set.
     tokenizer = train_tokenizer(["a"], 300, lowercase=True)
     if not (settings.llm.name or settings.tokenizer.path):
         settings.llm.config["vocab_size"] = max(settings.tokenizer.vocab_size, settings.llm.config.get("vocab_size", 0))
@@ -50,4 +49,17 @@ def meta_counts(config: Config) -> tuple[dict[str, int], dict[str, str]]:
         "embedding": f"E = {settings.embed_dim}",
         "LLM width": f"D = {model.language.width}",
     }
+    refuse_unknown_settings(config.model.llm.config, model.language.hf.config)
     return count_parameters(model), shapes
+
+
+def _refuse_unknown_sizes(settings: ModelConfig) -> None:
+    """What only a named LLM or tokenizer would tell has to be in `llm.config`; a guess would be printed as fact."""
+    llm, source = settings.llm, settings.llm.name or settings.tokenizer.path
+    if llm.name and "model_type" not in llm.config:
+        raise UserError(f"model.llm.config: describe {llm.name} here (model_type, hidden_size …) to check without it")
+    if source and not llm.config.get("vocab_size"):
+        raise UserError(
+            f"model.llm.config.vocab_size: missing, and {source} is not loaded here; set it to the size of {source}'s "
+            "vocabulary to check without it"
+        )

@@ -301,7 +301,7 @@ def _loggers(config: Config, folder: RunFolder) -> Iterator[Any]:
 
             yield WandbLogger(project=config.training.wandb_project, name=folder.path.name, save_dir=str(folder.path))
     except ModuleNotFoundError as e:
-        raise UserError(f"this logger is not installed ({e}): pip install 'mmgem[log]'") from e
+        raise UserError(f"this logger is not installed ({one_line(e)}): pip install 'mmgem[log]'") from e
 
 
 def _quieten() -> None:

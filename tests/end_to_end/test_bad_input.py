@@ -314,6 +314,18 @@ def test_pictures_without_captions(tiny: Tiny, tmp_path: Path) -> None:
         assert line["loss_emb"] is None and line["loss_gen"] is None
 
 
+def test_eval_of_a_split_without_captions(tiny: Tiny, model: Path, tmp_path: Path, capsys: Capture) -> None:
+    """`all` leaves out the tasks that need captions; one that is asked for by name is refused."""
+    data = rewritten(tiny, tmp_path / "data", without_captions).data
+    out = tmp_path / "out"
+    options = ("--model", model, "--data", data, "--split", "train", "--max-new-tokens", "4", "--out", out)
+    message = refused(capsys, "eval", "captioning", *options)
+    assert message.startswith(f"{data}: split train has no captions; captioning needs captions")
+    assert main([str(a) for a in ("eval", "all", *options)]) == 0
+    written = json.loads((out / "metrics.json").read_text())
+    assert [result["task"] for result in written] == ["region-retrieval", "region-captioning"]
+
+
 def test_broken_pictures_are_skipped_counted_and_named(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
     data = break_samples(tiny, tmp_path / "data", [5, 70])
     keys = ShardedDataset(tiny.data / "train").keys

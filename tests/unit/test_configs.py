@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmgem.config import load_config
+from mmgem.errors import UserError
 from mmgem.training.check import check, meta_counts
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -43,3 +44,34 @@ def test_stage_2_goes_on_from_stage_1() -> None:
     assert second.init_from == first.run
     assert meta_counts(first)[0] == meta_counts(second)[0]
     assert second.stages[0].max_regions > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "source"),
+    [
+        (["model.llm.name=org/llm"], "org/llm"),
+        (["model.tokenizer.path=org/words"], "org/words"),
+        (["model.llm.name=org/llm", "model.tokenizer.path=org/words"], "org/llm"),  # its rows, whatever the tokenizer
+        (["model.llm.name=org/llm", "model.llm.config.vocab_size=null"], "org/llm"),
+    ],
+)
+def test_a_vocabulary_of_unknown_size_is_refused(overrides: list[str], source: str) -> None:
+    path = CONFIGS[0].parent / "quickstart.yaml"
+    message = f"^model.llm.config.vocab_size: missing, and {source} is not loaded here; set it .*$"
+    with pytest.raises(UserError, match=message) as caught:
+        check(load_config(path, overrides))
+    assert "\n" not in str(caught.value)
+    rows = [meta_counts(load_config(path, [*overrides, f"model.llm.config.vocab_size={n}"]))[0] for n in (1000, 1500)]
+    assert rows[1]["llm"] - rows[0]["llm"] == 500 * 128  # tied: one table of so many rows of hidden_size
+
+
+def test_a_named_llm_that_is_not_described_is_refused() -> None:
+    path = CONFIGS[0].parent / "quickstart.yaml"
+    with pytest.raises(UserError, match=r"model\.llm\.config: describe org/llm here"):
+        check(load_config(path, ["model.llm.name=org/llm", "model.llm.config={vocab_size: 1000}"]))
+
+
+def test_an_unknown_llm_setting_is_refused() -> None:
+    config = load_config(CONFIGS[0].parent / "quickstart.yaml", ["model.llm.config.hiden_size=64"])
+    with pytest.raises(UserError, match="hiden_size: llama has no such setting; did you mean hidden_size"):
+        check(config)

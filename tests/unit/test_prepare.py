@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from mmgem.data.prepare import FORMATS, prepare_img2dataset, prepare_jsonl
-from mmgem.data.prepare.karpathy import prepare_karpathy
 from mmgem.data.prepare.scenes import prepare_scenes
 from mmgem.data.prepare.writing import Record, prepare, safe_key
 from mmgem.data.samples import Region, decode_image
@@ -110,6 +109,28 @@ def test_a_picture_with_boxes_only_is_a_sample(tmp_path: Path, capsys: pytest.Ca
     assert result["splits"]["train"]["images_without_captions"] == 1
     assert train.totals["images_without_captions"] == 1
     assert "pictures without captions: 1" in capsys.readouterr().out
+
+
+def test_pictures_of_one_name_in_several_folders(tmp_path: Path):
+    """Visual Genome's VG_100K/1.jpg and VG_100K_2/1.jpg, say; only what makes the same key is a duplicate."""
+    source, names = tmp_path / "raw", ["1.jpg", "a/1.jpg", "b/1.jpg", "a/b_c.jpg", "a_b/c.jpg", "v1.0/1.jpg"]
+    for n, name in enumerate(names):
+        (source / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / "images" / name).write_bytes(picture(n))
+    listed = [{"image": name, "split": "train", "captions": [f"picture {n}"]} for n, name in enumerate(names)]
+    lines(source / "captions.jsonl", listed)
+    lines(source / "regions.jsonl", [{"image": "b/1.jpg", "split": "train", "box": [0, 0, 9, 9], "phrase": "a dog"}])
+    result = prepare_jsonl(source, tmp_path / "out", max_broken=0.5)
+    train = ShardedDataset(tmp_path / "out" / "train")
+    assert train.keys == ["1", "a_1", "b_1", "a_b_c", "v1_0_1"]
+    assert result["skipped"] == {"duplicate key": 1} and result["examples"] == {"duplicate key": ["a_b_c"]}
+    for index, number in enumerate([0, 1, 2, 3, 5]):
+        sample = train.sample(index)
+        assert sample.image == picture(number) and sample.captions == (f"picture {number}",)
+        assert sample.meta["image"] == names[number]
+    assert [len(train.sample(i).regions) for i in range(5)] == [0, 0, 1, 0, 0]
+    with tarfile.open(tmp_path / "out" / "train" / "shard-000000.tar") as tar:
+        assert tar.getnames() == [f"{key}.{kind}" for key in train.keys for kind in ("jpg", "json")]
 
 
 def test_splits_limit_and_shard_size(tmp_path: Path):
@@ -262,71 +283,6 @@ def test_missing_jsonl_sources(tmp_path: Path):
         prepare_jsonl(source, tmp_path / "out")
 
 
-def karpathy_file(folder: Path) -> Path:
-    entries = []
-    splits = ["train", "restval", "val", "test"]
-    for n, split in enumerate(splits):
-        where = "train2014" if split == "train" else "val2014"
-        name = f"COCO_{where}_{n:012d}.jpg"
-        (folder / "images" / where).mkdir(parents=True, exist_ok=True)
-        (folder / "images" / where / name).write_bytes(picture(n, size=(40 + n, 30)))
-        sentences = [{"raw": f"A cat, no. {n}.\n", "tokens": ["a", "cat"]}, {"tokens": ["a", "b"]}]
-        entry = {"filename": name, "filepath": where, "split": split, "sentences": sentences}
-        entries.append({**entry, "cocoid": 100 + n, "imgid": n})
-    path = folder / "dataset_coco.json"
-    path.write_text(json.dumps({"images": entries, "dataset": "coco"}))
-    return path
-
-
-def test_karpathy(tmp_path: Path):
-    path = karpathy_file(tmp_path)
-    result = prepare_karpathy(path, tmp_path / "out", images=tmp_path / "images")
-    assert {name: row["written"] for name, row in result["splits"].items()} == {
-        "train": 2,
-        "val": 1,
-        "test": 1,
-    }
-    train = ShardedDataset(tmp_path / "out" / "train")
-    assert train.keys == ["COCO_train2014_000000000000", "COCO_val2014_000000000001"]
-    second = train.sample(1)
-    assert second.captions == ("A cat, no. 1.", "a b")
-    assert (second.width, second.height) == (41, 30)
-    assert second.meta == {"image": "COCO_val2014_000000000001.jpg", "cocoid": 101, "imgid": 1}
-
-
-def test_karpathy_restval_apart_and_pictures_in_one_folder(tmp_path: Path):
-    path = karpathy_file(tmp_path)
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for image in (tmp_path / "images").rglob("*.jpg"):
-        image.rename(flat / image.name)
-    result = prepare_karpathy(path, tmp_path / "out", images=flat, restval="restval")
-    assert set(result["splits"]) == {"train", "restval", "val", "test"}
-    assert len(ShardedDataset(tmp_path / "out" / "train")) == 1
-    assert result["skipped"] == {}
-
-
-def test_broken_karpathy_sources(tmp_path: Path):
-    path = karpathy_file(tmp_path)
-    images, out = tmp_path / "images", tmp_path / "out"
-    with pytest.raises(UserError, match="cannot read"):
-        prepare_karpathy(tmp_path / "none.json", out, images=images)
-    with pytest.raises(UserError, match="no such folder"):
-        prepare_karpathy(path, out, images=tmp_path / "none")
-    content = json.loads(path.read_text())
-    del content["images"][2]["sentences"]
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"images\[2\].*sentences"):
-        prepare_karpathy(path, out, images=images)
-    path.write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
-        prepare_karpathy(path, out, images=images)
-    path.write_text('{"annotations": []}')
-    with pytest.raises(UserError, match='no list "images"'):
-        prepare_karpathy(path, out, images=images)
-    assert not out.exists()
-
-
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
@@ -450,7 +406,9 @@ def test_an_interrupt_takes_the_work_away(tmp_path: Path):
 
 def test_keys_from_file_names():
     assert safe_key("1000268201_693b08cb0e.jpg") == "1000268201_693b08cb0e"
-    assert safe_key("val/My photo.v2.JPG") == "My_photo_v2"
+    assert safe_key("My photo.v2.JPG") == "My_photo_v2"
+    assert safe_key("val/My photo.v2.JPG") == "val_My_photo_v2"
+    assert safe_key("v1.0/a/1.jpg") == "v1_0_a_1" and safe_key("./1.jpg") == "1"
     assert safe_key("größe-緑.png") == "größe-緑"
 
 

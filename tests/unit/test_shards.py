@@ -173,12 +173,17 @@ def test_texts_without_pictures(tmp_path: Path):
     assert len(expected) == 12
 
 
-def test_has_regions(tmp_path: Path):
+def test_has_regions_and_captions(tmp_path: Path):
     write(tmp_path / "boxes", count=1)
     assert ShardedDataset(tmp_path / "boxes").has_regions is True
     with ShardWriter(tmp_path / "plain") as writer:
         writer.write(parse_sample("a", picture(0), "x"))
     assert ShardedDataset(tmp_path / "plain").has_regions is False
+    assert ShardedDataset(tmp_path / "plain").has_captions is True
+    with ShardWriter(tmp_path / "bare") as writer:
+        regions = [{"box": [1, 1, 9, 9], "phrase": "x"}]
+        writer.write(parse_sample("a", picture(0), {"regions": regions}))
+    assert ShardedDataset(tmp_path / "bare").has_captions is False
 
 
 def read_key_and_captions(dataset: ShardedDataset, index: int) -> tuple[int, str, tuple[str, ...]]:

@@ -146,9 +146,30 @@ def test_too_many_broken_pictures_stop_the_work(data):
     break_picture(data, "b")
     break_picture(data, "c")
     dataset = ShardedDataset(data / "test")
-    with pytest.raises(UserError, match=r"2 of 4 samples are broken.*sample b"):
+    with pytest.raises(UserError, match=r"2 of 4 samples are broken.*sample b.*; prepare .* `mmgem data prepare`$"):
         encoded_of(dataset)
     assert encoded_of(dataset, max_broken=0.5).keys == ["a", "d"]
+
+
+def test_a_split_without_a_readable_picture_is_an_error(tmp_path):
+    data = write_split(tmp_path / "data", SAMPLES[:1])
+    break_picture(data, "a")
+    with pytest.raises(UserError, match=r"no readable image among 1 samples.*sample a.*; prepare .*data prepare`$"):
+        encoded_of(ShardedDataset(data / "test"))
+
+
+def test_cut_texts_are_counted_where_they_are_read(dataset):
+    model = ColourModel(max_tokens=2)
+    encoded = encoded_of(dataset, model)
+    assert encoded.text_cut_M.tolist() == [True, False, True, True, False, True, True]
+    assert encoded.phrase_cut_P.tolist() == [True] * 7
+    cut = {name: task.run(model, encoded, OPTIONS).protocol.get("texts_cut") for name, task in TASKS.items()}
+    # Of the 7 phrases that the data write, 5 are distinct and read.
+    assert cut == {"retrieval": 5, "captioning": None, "region-retrieval": 5, "region-captioning": None}
+    whole = encoded_of(dataset)
+    assert TASKS["retrieval"].run(ColourModel(), whole, OPTIONS).protocol["texts_cut"] == 0
+    assert TASKS["region-retrieval"].run(ColourModel(), whole, OPTIONS).protocol["texts_cut"] == 0
+    assert encoded_of(dataset, model, texts=False, regions=False).text_cut_M.shape == (0,)
 
 
 def test_vectors_that_are_not_finite_are_an_error_that_names_an_image(dataset):
@@ -405,7 +426,17 @@ def test_evaluate_refuses_before_work_is_done(data, tmp_path):
     bare = write_split(tmp_path / "plain", plain)
     with pytest.raises(UserError, match="no regions; region-captioning needs boxes"):
         evaluate(model, bare, "test", ["region-captioning"], out)
+    boxes = write_split(tmp_path / "boxes", [make_sample("a", "red", "red", [], halves("red", "red"))])
+    for task in ("retrieval", "captioning"):
+        with pytest.raises(UserError, match=f"split test has no captions; {task} needs captions"):
+            evaluate(model, boxes, "test", ["region-retrieval", task], out)
     assert not out.exists()
+
+
+def test_evaluate_refuses_a_gpu_that_is_not_there(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: torch sees no GPU; use auto or cpu"):
+        evaluate({"m": tmp_path}, data, "test", ["retrieval"], tmp_path / "out", device="cuda")
 
 
 # --- progress --------------------------------------------------------------------------------

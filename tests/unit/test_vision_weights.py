@@ -134,6 +134,28 @@ def test_open_clip_by_name_at_another_size():
     assert model.portable == {}
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_open_clip_by_name_with_a_local_checkpoint(tmp_path: Path, wrapped: bool):
+    """The smallest CLIP that open_clip has a name for; its whole state, plain or as open_clip's training leaves it."""
+    import open_clip
+
+    torch.manual_seed(5)
+    source: Any = open_clip.create_model("ViT-S-32-alt", load_weights=False).eval()
+    source.visual.output_tokens = True
+    state, file = source.state_dict(), tmp_path / "clip.pt"
+    torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}} if wrapped else state, file)
+    model = tower(clip_vit(config={}, name="ViT-S-32-alt", pretrained=str(file), image_size=224))
+    file.unlink()  # 170 MB
+    visual = {k: v for k, v in source.visual.state_dict().items() if k != "proj"}
+    loaded = model.visual.state_dict()
+    assert loaded.keys() == visual.keys() and len(visual) > 100
+    assert all(torch.equal(loaded[name], value) for name, value in visual.items())
+    images = pixels(size=224)
+    assert torch.equal(model(images), source.visual(images)[1].transpose(1, 2).reshape(2, 384, 7, 7))
+    random = tower(clip_vit(config={}, name="ViT-S-32-alt", image_size=224))
+    assert not torch.allclose(random(images), model(images), atol=1e-2)
+
+
 def test_open_clip_refuses_what_it_cannot_load(tmp_path: Path):
     with pytest.raises(UserError, match=r"ViT-B-33: open_clip has no such model; near: ViT-B-32, "):
         tower(clip_vit(config={}, name="ViT-B-33"))

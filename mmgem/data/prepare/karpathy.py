@@ -53,6 +53,7 @@ def prepare_karpathy(
 def records(source: Path, images: Path, restval: str = "train") -> Iterator[Record]:
     """The pictures in the order of the file."""
     need_folder(images, "the pictures")
+    found: list[tuple[Path, str, dict[str, Any]]] = []
     for number, item in enumerate(_images_of(source)):
         try:
             name, split = str(item["filename"]), str(item["split"])
@@ -61,12 +62,19 @@ def records(source: Path, images: Path, restval: str = "train") -> Iterator[Reco
             raise UserError(
                 f"{source}, images[{number}]: filename, split and sentences are needed ({error})"
             ) from error
-        folder = images / str(item.get("filepath") or "")
+        folder = Path(str(item.get("filepath") or ""))
         meta = {"captions": captions, "image": name}
         meta |= {field: item[field] for field in _IDS if field in item}
         # Not everyone keeps COCO's train2014/ and val2014/: one flat folder is fine too.
-        path = folder / name if folder.is_dir() else images / name
-        yield Record(safe_key(name), restval if split == "restval" else split, path, meta)
+        place = folder / name if (images / folder).is_dir() else Path(name)
+        found.append((place, restval if split == "restval" else split, meta))
+    folders: dict[str, set[Path]] = {}
+    for place, _, meta in found:
+        folders.setdefault(safe_key(meta["image"]), set()).add(place.parent)
+    for place, split, meta in found:
+        key = safe_key(meta["image"])
+        # COCO's names are unique and make its keys; a name that two folders have needs the folder.
+        yield Record(key if len(folders[key]) == 1 else safe_key(str(place)), split, images / place, meta)
 
 
 def _images_of(source: Path) -> list[dict[str, Any]]:

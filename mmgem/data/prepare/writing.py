@@ -168,10 +168,11 @@ def describe(counts: Mapping[str, int], examples: Mapping[str, list[str]]) -> li
 
 
 def safe_key(name: str) -> str:
-    """A key from the name of a file: without its extension, and without what a tar member's key
-    cannot have (webdataset ends the key at the first dot)."""
-    stem = Path(name).stem
-    return re.sub(r"[^\w-]", "_", stem) or "_"
+    """A key from a file's path as it is given: with its folders, which keep a/1.jpg and b/1.jpg
+    apart, without its extension, and without what a tar member's key cannot have (webdataset ends
+    the key at the first dot)."""
+    path = Path(name)
+    return re.sub(r"[^\w-]", "_", str(path.parent / path.stem))
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -77,6 +77,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         options,
         VERSION,
         regions=len(encoded.region_boxes),
+        regions_unseen=encoded.regions_unseen,
         boxes=len(table.boxes),
         boxes_with_colour_and_shape=len(coloured.boxes) if coloured else 0,
         **options.writing,

@@ -68,6 +68,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         captions=len(texts),
         captions_an_image=[int(per_image.min()), int(per_image.max())],
         captions_of_several_images=_shared(encoded),
+        texts_cut=int(encoded.text_cut_M.sum()),
         same_text_counts=options.same_text,
         chance="exact, of a random order",
     )
