@@ -7,6 +7,7 @@ never finding it: the folder's name is the hash of all that matters.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -145,6 +146,8 @@ def _fingerprint(tower: VisionTower, source: _Views, bf16: bool) -> str:
         digest.update(parameter.detach().float().cpu().numpy().tobytes())
     data = source.data
     augmentation = [data.flip, data.crop_scale, data.color_jitter]
-    facts = [source.dataset.checksum, source.preprocess, tower.config, *augmentation, source.seed, source.views, bf16]
+    # Left to the tower's source or resolved, these are the same: two stand in preprocess, one plays no part here.
+    config = dataclasses.replace(tower.config, mean=None, std=None, frozen_statistics=None)
+    facts = [source.dataset.checksum, source.preprocess, config, *augmentation, source.seed, source.views, bf16]
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:16]
