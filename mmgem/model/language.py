@@ -22,8 +22,8 @@ SELF_ATTENTION = 0.4
 """Scale of queries times keys that start as identities: a word's score on itself is this times √head_dim, on another
 word about 0; with heads of 64, 3.2 to 0, so that it sees itself about as much as twenty others."""
 
-_ROPE_SETTINGS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "torch_dtype")
-"""Older names that transformers takes and keeps elsewhere."""
+_OLDER_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "torch_dtype")
+"""Settings that transformers takes by these names and keeps under others."""
 
 
 class LanguageModel(nn.Module):
@@ -249,7 +249,7 @@ def _reason(error: Exception, config: LlmConfig) -> str:
 def refuse_unknown_settings(settings: dict[str, Any], hf_config: Any) -> None:
     """transformers keeps settings that an architecture does not know, and builds its default size without a word."""
     default = type(hf_config)()
-    known = {*default.to_dict(), *vars(default), *default.attribute_map, *_ROPE_SETTINGS}
+    known = {*default.to_dict(), *vars(default), *default.attribute_map, *_OLDER_NAMES}
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -150,7 +150,7 @@ def _is_ours(folder: Path) -> bool:
 
 def read_config(folder: Path) -> ModelConfig:
     file = folder / "config.json"
-    return parse_config(file.read_text(), str(file))
+    return parse_config(file.read_text(errors="replace"), str(file))
 
 
 def parse_config(text: str, source: str) -> ModelConfig:

@@ -357,3 +357,9 @@ def test_a_checkpoint_of_hugging_face_and_a_model_with_a_report_are_not_replaced
         with pytest.raises(UserError, match="something other than a model"):
             shared_model().save_pretrained(folder)
         assert contents(folder) == before
+
+
+def test_a_config_that_is_no_text_is_refused(saved: Path):
+    (saved / "config.json").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UserError, match="config.json: not a model's config"):
+        MMGem.from_pretrained(saved)
