@@ -92,7 +92,7 @@ class Reader(Dataset):
 def refuse_missing_regions(dataset: ShardedDataset, stage: StageConfig) -> None:
     if stage.max_regions and not dataset.has_regions:
         raise UserError(
-            f"stage {stage.name}: max_regions={stage.max_regions}, but {dataset.split_dir} has no regions; "
+            f"stage {stage.name}: max_regions={stage.max_regions}, but {dataset.name} has no regions; "
             "set max_regions: 0 or prepare data with boxes"
         )
 

@@ -16,6 +16,7 @@ exclusive, and the area is (x2 - x1) * (y2 - y1). A box that reaches over the bo
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -61,16 +62,21 @@ _TRANSPOSE = {
 
 
 class SampleError(Exception):
-    """One sample cannot be used. `key` names it, `reason` is one of a few stable phrases."""
+    """One sample cannot be used. `key` names it, `reason` is one of a few stable phrases.
 
-    def __init__(self, key: str, reason: str, detail: str = "") -> None:
-        super().__init__(key, reason, detail)
+    `shard` is set where the fault is that of a whole shard: it then names the tar, and every sample of it is broken.
+    """
+
+    def __init__(self, key: str, reason: str, detail: str = "", shard: str | None = None) -> None:
+        super().__init__(key, reason, detail, shard)
         self.key = key
         self.reason = reason
         self.detail = detail
+        self.shard = shard
 
     def __str__(self) -> str:
-        return f"sample {self.key}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        what = f"sample {self.key}" if self.shard is None else f"shard {self.shard}"
+        return f"{what}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +176,20 @@ def parse_captions(key: str, meta: Mapping[str, Any] | str, counts: Counter[str]
         elif counts is not None:
             counts[EMPTY_CAPTION] += 1
     return tuple(captions)
+
+
+def merge_texts(key: str, record: bytes, text: bytes) -> dict[str, Any]:
+    """The fields of KEY.json; where it has no caption, KEY.txt is the caption. Raises SampleError."""
+    try:
+        meta = json.loads(record) if record else {}
+        caption = text.decode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise SampleError(key, BROKEN_META, str(error)) from error
+    if not isinstance(meta, dict):
+        raise SampleError(key, BROKEN_META, f"an object is expected, not {type(meta).__name__}")
+    if text and meta.get("captions") is None and meta.get("caption") is None:
+        meta = {k: v for k, v in meta.items() if k != "captions"} | {"caption": caption}
+    return meta
 
 
 def record_of(sample: Sample) -> dict[str, Any]:

@@ -247,9 +247,7 @@ def measure_standard(model: MMGem, dataset: ShardedDataset, device: torch.device
             continue
         pooled.append(model.aggregator.image(model.vision(picture[None].to(device))).float())
     if not pooled:
-        raise UserError(
-            f"{dataset.split_dir}: no readable picture among {len(dataset)} samples; prepare the data again"
-        )
+        raise UserError(f"{dataset.name}: no readable picture among {len(dataset)} samples; prepare the data again")
     model.set_standard(torch.cat(pooled))
 
 

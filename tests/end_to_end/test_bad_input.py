@@ -17,7 +17,8 @@ from tiny import CONFIG, Tiny, break_samples, figures, run
 
 from mmgem.cli import main
 from mmgem.data.samples import Sample
-from mmgem.data.shards import ShardedDataset, ShardWriter
+from mmgem.data.shards import ShardedDataset
+from mmgem.data.writer import ShardWriter
 
 SHORT = "stages=[{name: only, samples: 96, global_batch: 16}]"
 Capture = pytest.CaptureFixture[str]

@@ -16,7 +16,7 @@ from PIL import Image
 from mmgem import MMGem
 from mmgem.config import LlmConfig, ModelConfig, VisionConfig
 from mmgem.data.samples import Region, Sample
-from mmgem.data.shards import ShardWriter
+from mmgem.data.writer import ShardWriter
 from mmgem.model.vision import create_tower
 from mmgem.text import TextCodec, train_tokenizer
 

@@ -16,7 +16,10 @@ import pytest
 from PIL import Image
 
 from mmgem.data.samples import Sample, SampleError, Tally, decode_image, parse_sample
-from mmgem.data.shards import ShardedDataset, ShardWriter, read_index, write_index
+from mmgem.data.index import read_index
+from mmgem.data.shards import ShardedDataset
+from mmgem.data.tars import index_tars
+from mmgem.data.writer import ShardWriter
 from mmgem.errors import UserError
 
 
@@ -320,7 +323,7 @@ def test_tars_are_indexed_where_they_lie(tmp_path: Path):
     )
     before = first.read_bytes(), second.read_bytes()
     tally, seen = Tally(), []
-    index = write_index(tmp_path / "set" / "train", [first, second], tally=tally, on_shard=lambda *a: seen.append(a))
+    index = index_tars(tmp_path / "set" / "train", [first, second], tally=tally, on_shard=lambda *a: seen.append(a))
     assert (first.read_bytes(), second.read_bytes()) == before
     assert [path.name for path in (tmp_path / "set" / "train").iterdir()] == ["index.json"]
     assert index == read_index(tmp_path / "set" / "train")
@@ -355,7 +358,7 @@ def test_paths_are_relative_inside_the_dataset_and_absolute_outside(tmp_path: Pa
     dataset.mkdir()
     inside = write_tar(dataset / "a.tar", [("1.jpg", picture(1)), ("1.txt", b"in")])
     outside = write_tar(tmp_path / "b.tar", [("2.jpg", picture(2)), ("2.txt", b"out")])
-    index = write_index(dataset / "train", [inside, outside])
+    index = index_tars(dataset / "train", [inside, outside])
     assert [shard["path"] for shard in index["shards"]] == ["../a.tar", str(outside)]
     dataset.rename(tmp_path / "moved")
     assert ShardedDataset(tmp_path / "moved" / "train").captions(0) == ("in",)
@@ -369,8 +372,8 @@ def test_decode_finds_pictures_that_are_cut(tmp_path: Path):
         tmp_path / "a.tar",
         [("1.jpg", cut), ("1.txt", b"cut"), ("2.jpg", picture(2)), ("2.txt", b"x")],
     )
-    assert write_index(tmp_path / "quick", [tar])["totals"]["samples"] == 2
-    slow = write_index(tmp_path / "slow", [tar], decode=True)
+    assert index_tars(tmp_path / "quick", [tar])["totals"]["samples"] == 2
+    slow = index_tars(tmp_path / "slow", [tar], decode=True)
     assert slow["totals"]["samples"] == 1 and slow["skipped"] == {"broken image": 1}
     assert ShardedDataset(tmp_path / "slow").keys == ["2"]
     # the same tars, but sample 0 is another one: what is cached under one must not serve the other
@@ -379,10 +382,10 @@ def test_decode_finds_pictures_that_are_cut(tmp_path: Path):
 
 def test_an_index_is_not_overwritten_unasked(tmp_path: Path):
     tar = write_tar(tmp_path / "a.tar", [("1.jpg", picture(1)), ("1.txt", b"x")])
-    write_index(tmp_path / "train", [tar])
+    index_tars(tmp_path / "train", [tar])
     with pytest.raises(UserError, match=r"index\.json exists"):
-        write_index(tmp_path / "train", [tar])
-    assert write_index(tmp_path / "train", [tar], overwrite=True)["totals"]["samples"] == 1
+        index_tars(tmp_path / "train", [tar])
+    assert index_tars(tmp_path / "train", [tar], overwrite=True)["totals"]["samples"] == 1
     assert tar.exists()
 
 
@@ -413,10 +416,10 @@ def test_a_broken_tar_is_named(tmp_path: Path, damage: str):
     if damage == "missing":
         tar.unlink()
     with pytest.raises(UserError, match=r"00007\.tar"):
-        write_index(tmp_path / "train", [tar])
+        index_tars(tmp_path / "train", [tar])
     assert not (tmp_path / "train" / "index.json").exists()
 
 
 def test_no_tars_is_an_error(tmp_path: Path):
     with pytest.raises(UserError, match="no tars"):
-        write_index(tmp_path / "train", [])
+        index_tars(tmp_path / "train", [])

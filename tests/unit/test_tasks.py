@@ -11,7 +11,8 @@ from eval_standin import COLOURS, ColourModel
 from PIL import Image
 
 from mmgem.data.samples import Region, Sample
-from mmgem.data.shards import ShardedDataset, ShardWriter
+from mmgem.data.shards import ShardedDataset
+from mmgem.data.writer import ShardWriter
 from mmgem.errors import UserError
 from mmgem.evaluation.result import CaptionExample, RegionExample, SearchExample, TaskResult
 from mmgem.evaluation.run import evaluate

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmgem.data.prepare.writing import MAX_BROKEN, account, check_broken, row_of
 from mmgem.data.samples import Tally
-from mmgem.data.shards import write_index
+from mmgem.data.tars import index_tars
 from mmgem.errors import UserError
 from mmgem.progress import Progress
 
@@ -46,8 +46,8 @@ def prepare_img2dataset(
             if done["tars"] == len(tars):  # the last one, before the index is written
                 check_broken(tally, done["read"], max_broken)
 
-        index = write_index(out / split, tars, decode=decode, overwrite=overwrite, tally=tally, on_shard=on_shard)
-    row = {"read": done["read"], **row_of(index["totals"])}
+        index = index_tars(out / split, tars, decode=decode, overwrite=overwrite, tally=tally, on_shard=on_shard)
+    row = {"read": done["read"], **row_of(index.totals)}
     return account(out, {split: row}, tally, time.monotonic() - started)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from mmgem.data.prepare.writing import Record, in_order, prepare
 from mmgem.data.scenes import render_scene
-from mmgem.data.shards import check_split_dir
+from mmgem.data.writer import check_split_dir
 from mmgem.errors import UserError
 
 _CHUNK = 32  # scenes a task: about a tenth of a second of work

@@ -30,7 +30,7 @@ from mmgem.data.samples import (
     decode_image,
     parse_sample,
 )
-from mmgem.data.shards import ShardWriter, check_split_dir, image_extension
+from mmgem.data.writer import ShardWriter, check_split_dir, image_extension
 from mmgem.errors import UserError
 from mmgem.progress import Progress
 

@@ -1,0 +1,158 @@
+"""The index of a split: which shards it has, and where in each tar the members of a sample lie.
+
+Receives a split's folder or URL. Gives its `Index`, and the members of one shard. Refuses, with a UserError that names
+the file: a folder without index, and an index that is broken or of another schema.
+
+index.json, schema 2, stays small however many samples there are; what grows with them lies in one members file a shard,
+which is read when its shard is:
+    {"schema": 2,
+     "shards": [{"path": relative to this folder, absolute, or a URL, "samples": n, "bytes": size of the tar,
+                 "sha256": of the tar, "members": file beside the index, "members_sha256": of that file}],
+     "totals": {"samples", "captions", "regions", "images_without_captions"},
+     "skipped": {reason: samples left out},  "dropped": {reason: captions, phrases, boxes left out}}
+members/000000.json …: {KEY: {ext: [offset, size]}}, in the order of the samples.
+broken.jsonl beside them names each sample that was left out: {"key", "shard", "reason", "detail"}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mmgem.data.samples import SampleError
+from mmgem.data.store import Store
+from mmgem.errors import UserError
+
+INDEX_NAME = "index.json"
+MEMBERS_FOLDER = "members"
+BROKEN_NAME = "broken.jsonl"
+SCHEMA = 2
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+Members = Mapping[str, Mapping[str, Sequence[int]]]
+"""KEY -> extension -> (offset, size) in the tar."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    path: str
+    samples: int
+    bytes: int
+    sha256: str
+    members: str
+    members_sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    shards: list[ShardEntry]
+    totals: dict[str, int]
+    skipped: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def checksum(self) -> str:
+        """sha256 over the sha256 of every shard and of its members file, in order."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            digest.update(f"{shard.sha256} {shard.members_sha256}\n".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ShardMembers:
+    """The samples of one shard: their keys, and of each the offset and size of the picture, the JSON and the text."""
+
+    keys: list[str]
+    spans_N32: np.ndarray
+    """N x 3 x 2; (-1, 0) for what is not there."""
+
+
+def parse_index(content: bytes, name: str) -> Index:
+    """`name` is the file's, for errors. Raises UserError."""
+    try:
+        tree = json.loads(content)
+        schema = tree["schema"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{name} is not an index: {error}; prepare the split again") from error
+    if schema != SCHEMA:
+        raise UserError(f"{name} has schema {schema}, this version reads {SCHEMA}; prepare again")
+    try:
+        shards = [ShardEntry(**shard) for shard in tree["shards"]]
+        index = Index(shards, tree["totals"], tree.get("skipped", {}), tree.get("dropped", {}))
+        counts = [*(s.samples for s in shards), *(s.bytes for s in shards), *index.totals.values()]
+        texts = [text for s in shards for text in (s.path, s.sha256, s.members, s.members_sha256)]
+        good = all(type(n) is int and 0 <= n < 1 << 62 for n in counts) and all(type(t) is str for t in texts)
+        good = good and {"samples", "captions", "regions"} <= index.totals.keys()
+        good = good and index.totals["samples"] == sum(s.samples for s in shards)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{name} is not an index: {error!r}; prepare the split again") from error
+    if not good:
+        raise UserError(f"{name} is not an index: its counts or paths are not what they should be; prepare again")
+    return index
+
+
+def read_index(split: Store) -> Index:
+    """The checked index.json of a split. Raises UserError."""
+    return parse_index(split.read(INDEX_NAME), split.name(INDEX_NAME))
+
+
+def read_members(split: Store, shard: ShardEntry) -> ShardMembers:
+    """The samples of a shard. Raises SampleError, for all of them, where the members file is damaged."""
+    content = split.read(shard.members)
+    if hashlib.sha256(content).hexdigest() != shard.members_sha256:
+        raise SampleError("", "shard's members file changed", split.name(shard.members), shard=split.name(shard.path))
+    members: Members = json.loads(content)
+    spans_N32 = np.asarray([spans(files) for files in members.values()], dtype=np.int64).reshape(-1, 3, 2)
+    return ShardMembers(list(members), spans_N32)
+
+
+def spans(files: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+    """Offset and size of the picture, the JSON and the text; -1, 0 for what is not there."""
+    image = next((files[e] for e in IMAGE_EXTENSIONS if e in files), (-1, 0))
+    return (*image, *files.get("json", (-1, 0)), *files.get("txt", (-1, 0)))
+
+
+def write_members(split_dir: Path, number: int, members: Members) -> tuple[str, str]:
+    """Writes the members file of shard `number`. Gives its path in the split, and its sha256."""
+    content = json.dumps(members, ensure_ascii=False, separators=(",", ":")).encode()
+    place = f"{MEMBERS_FOLDER}/{number:06d}.json"
+    write_whole(split_dir / place, content)
+    return place, hashlib.sha256(content).hexdigest()
+
+
+def write_index(split_dir: Path, index: Index) -> None:
+    tree = {
+        "schema": SCHEMA,
+        "shards": [asdict(shard) for shard in index.shards],
+        "totals": index.totals,
+        "skipped": index.skipped,
+        "dropped": index.dropped,
+    }
+    write_whole(split_dir / INDEX_NAME, json.dumps(tree, ensure_ascii=False, indent=1).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file exists whole or not at all, also after a kill or on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,197 @@
+"""Writes samples into numbered tars, and their index.
+
+Receives samples. Gives `shard-000000.tar …`, `members/` and `index.json`. Refuses a folder that already holds a split
+(unless told to overwrite), a key that no tar can hold or that was written before, and a picture of another format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+
+from mmgem.data.index import (
+    BROKEN_NAME,
+    INDEX_NAME,
+    MEMBERS_FOLDER,
+    Index,
+    ShardEntry,
+    sha256_of,
+    write_index,
+    write_members,
+)
+from mmgem.data.samples import Sample, Tally, record_of
+from mmgem.errors import UserError
+
+BLOCK = 512
+"""A tar is made of blocks of so many bytes."""
+# webdataset's own rule: the key ends at the first dot of the last part of the path.
+MEMBER = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")
+
+_SHARD_NAME = "shard-{:06d}.tar"
+_OWN_FILE = re.compile(rf"\.?(shard-\d{{6}}\.tar|{re.escape(INDEX_NAME)}|{re.escape(BROKEN_NAME)})(\.partial)?")
+
+
+class ShardWriter:
+    """Writes samples into numbered tars of `shard_size` and, at the end, the index.
+
+    A context manager. A shard gets its name when it is whole, the index comes last: a folder with
+    an index.json is complete. On an error in the block nothing of this writer stays. The same
+    samples give the same bytes, and so the same checksums. Raises UserError when the folder
+    already holds a split and `overwrite` is not set.
+    """
+
+    def __init__(self, split_dir: str | Path, shard_size: int = 1000, *, overwrite: bool = False) -> None:
+        if shard_size < 1:
+            raise UserError(f"shard_size is {shard_size}; give 1 or more")
+        self.split_dir = Path(split_dir)
+        self.shard_size = shard_size
+        self.tally = Tally()
+        self._shards: list[ShardEntry] = []
+        self._totals = Totals()
+        self._keys: set[str] = set()
+        self._tar: tarfile.TarFile | None = None
+        self._members: dict[str, dict[str, list[int]]] = {}
+        check_split_dir(self.split_dir, overwrite=overwrite)
+        self.split_dir.mkdir(parents=True, exist_ok=True)
+        remove_split(self.split_dir)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish_shard()
+                tally = self.tally
+                write_index(self.split_dir, Index(self._shards, self.totals, dict(tally.skipped), dict(tally.dropped)))
+        except BaseException:
+            self._discard()
+            raise
+        if kind is not None:
+            self._discard()
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The totals of the index, so far."""
+        return dict(vars(self._totals))
+
+    def write(self, sample: Sample) -> None:
+        """Appends one sample. Raises ValueError for a key that a tar of webdataset cannot hold,
+        a key written before, and a picture that is not JPEG, PNG or WebP."""
+        match = MEMBER.match(f"{sample.key}.json")
+        unsafe = sample.key.startswith("/") or ".." in sample.key.split("/")
+        if match is None or match[1] != sample.key or unsafe:
+            raise ValueError(f"not a key: {sample.key!r}")
+        if sample.key in self._keys:
+            raise ValueError(f"key {sample.key!r} was written before")
+        extension = image_extension(sample.image)
+        if extension is None:
+            raise ValueError(f"sample {sample.key}: the picture is not JPEG, PNG or WebP")
+        record = json.dumps(record_of(sample), ensure_ascii=False, separators=(",", ":"))
+        if self._tar is None:
+            self._tar = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)
+        self._members[sample.key] = {
+            extension: _add(self._tar, f"{sample.key}.{extension}", sample.image),
+            "json": _add(self._tar, f"{sample.key}.json", record.encode()),
+        }
+        self._keys.add(sample.key)
+        self._totals.add(sample)
+        if len(self._members) == self.shard_size:
+            self._finish_shard()
+
+    def _discard(self) -> None:
+        """Takes away whatever this writer has written."""
+        if self._tar is not None:
+            self._tar.close()
+        remove_split(self.split_dir)
+
+    @property
+    def _partial(self) -> Path:
+        return self.split_dir / f".{_SHARD_NAME.format(len(self._shards))}.partial"
+
+    def _finish_shard(self) -> None:
+        if self._tar is None:
+            return
+        self._tar.close()
+        self._tar = None
+        number = len(self._shards)
+        name = _SHARD_NAME.format(number)
+        entry = shard_entry(self.split_dir, number, name, self._partial, self._members)
+        os.replace(self._partial, self.split_dir / name)
+        self._shards.append(entry)
+        self._members = {}
+
+
+def remove_split(split_dir: Path) -> None:
+    """Takes away a split that a writer made, whole or not; other files are not ours."""
+    for path in split_dir.iterdir():
+        if _OWN_FILE.fullmatch(path.name):
+            path.unlink()
+    shutil.rmtree(split_dir / MEMBERS_FOLDER, ignore_errors=True)
+
+
+def check_split_dir(split_dir: Path, *, overwrite: bool) -> None:
+    """Raises UserError unless a split can be written here: the folder is missing or empty, or
+    `overwrite` is set."""
+    if split_dir.exists() and not split_dir.is_dir():
+        raise UserError(f"{split_dir} is a file, a folder is needed: choose another --out")
+    if not overwrite and split_dir.is_dir() and next(split_dir.iterdir(), None) is not None:
+        raise UserError(f"{split_dir} is not empty: choose another --out, or give --overwrite")
+
+
+def image_extension(image: bytes) -> str | None:
+    """jpg, png or webp by the first bytes; None for every other format."""
+    if image.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if image.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else None
+
+
+def shard_entry(
+    split_dir: Path, number: int, stored: str, tar: Path, members: Mapping[str, Mapping[str, Sequence[int]]]
+) -> ShardEntry:
+    """Writes the members file of a finished tar and gives its entry of the index. `stored`: its path in the index."""
+    place, checksum = write_members(split_dir, number, members)
+    return ShardEntry(stored, len(members), tar.stat().st_size, sha256_of(tar), place, checksum)
+
+
+@dataclass
+class Totals:
+    samples: int = 0
+    captions: int = 0
+    regions: int = 0
+    images_without_captions: int = 0
+
+    def add(self, sample: Sample) -> None:
+        self.samples += 1
+        self.captions += len(sample.captions)
+        self.regions += len(sample.regions)
+        self.images_without_captions += not sample.captions
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> list[int]:
+    """Writes one member and gives [offset, size] of its data."""
+    info = tarfile.TarInfo(name)  # mtime, uid and gid are 0: same input, same bytes
+    info.size = len(data)
+    info.mode = 0o644
+    tar.addfile(info, BytesIO(data))
+    return [tar.offset - padded(len(data)), len(data)]
+
+
+def padded(size: int) -> int:
+    """The room that so many bytes take in a tar."""
+    return -(-size // BLOCK) * BLOCK
