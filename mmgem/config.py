@@ -106,17 +106,41 @@ class ModelConfig:
 
 
 @dataclass(config=_STRICT, kw_only=True)
+class SourceConfig:
+    path: str
+    """As `data.path`."""
+    weight: float | None = None
+    """Share of the samples seen, relative to the other sources'; null in all: the sources are read as one."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
 class DataConfig:
     path: str = ""
-    """A folder made by `mmgem data prepare`."""
+    """A dataset made by `mmgem data prepare`, or a folder of tars indexed by `mmgem data index`; a folder or a URL
+    (`s3://`, `gs://`, `hf://`, `https://`)."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Several of them to train on, in place of `path`."""
     train_split: str = "train"
     val_split: str | None = "val"
+    """Of `path`, or of the first source."""
+    window: int = 4
+    """So many shards are read and mixed at a time, at each of the `lanes`."""
+    lanes: int = 8
+    """Places of the epoch that are read at once. A multiple of the number of nodes lets each read its own shards."""
+    verify: bool = True
+    """Compare each shard's sha256 with its index when it is first read."""
+    shard_cache: str | None = None
+    """Where shards of URLs are kept on this machine; null: the user's cache folder."""
+    shard_cache_gb: float = 20.0
+    """How much of them, for all ranks of a machine."""
     row_tokens: int = 128
     """Length of a packed row."""
     workers: int = 0
     """Processes that read samples ahead; 0: the step waits for each."""
-    max_broken: float = 0.01
-    """The share of samples that may be broken before the run stops."""
+    scaled_decoding: bool = True
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that is still as large as what the tower takes."""
+    max_broken: float = 0.001
+    """The share of samples that may be broken before the run stops; a broken one's place is taken by the next one."""
     cache: str | None = None
     """Where `cached_views` are kept, for other runs too; null: in the run's folder until the run is finished."""
     flip: float = 0.0
@@ -139,8 +163,10 @@ class LossConfig:
 class StageConfig:
     name: str = "global"
     samples: int | None = None
-    """Length of the stage in samples seen; or give `epochs`."""
+    """Length of the stage in samples seen; or give `steps`, or `epochs`."""
+    steps: int | None = None
     epochs: float | None = None
+    """In sizes of the training data, all sources together."""
     global_batch: int = 64
     captions_per_image: int = 1
     max_regions: int = 0
@@ -178,6 +204,8 @@ class TrainingConfig:
     """CPU threads; null: torch's choice."""
     sample_every: int = 500
     """Steps between samples of captions in the log; 0: none."""
+    log_keys: bool = False
+    """Also write which samples each step saw, in order: keys.jsonl."""
     checkpoint_every: int = 500
     """Steps between checkpoints; one is also made at each stage's end and when the run is stopped."""
     keep_checkpoints: int = 1
@@ -389,6 +417,16 @@ def _check(config: Config, source: str) -> None:
     for name in ("max_broken", "flip", "color_jitter"):
         refuse(not 0 <= getattr(data, name) <= 1, f"data.{name} must be a share, from 0 to 1")
     refuse(data.workers < 0, "data.workers must be 0 or more")
+    for name in ("window", "lanes"):
+        refuse(getattr(data, name) < 1, f"data.{name} must be at least 1")
+    refuse(data.shard_cache_gb <= 0, "data.shard_cache_gb must be above 0")
+    refuse(bool(data.path) and bool(data.sources), "give data.path or data.sources, one of the two")
+    weights = [source.weight for source in data.sources]
+    refuse(
+        any(weights) and any(weight is None for weight in weights),
+        "data.sources: give each source a weight, or none of them",
+    )
+    refuse(any(w is not None and w <= 0 for w in weights), "data.sources: a weight must be above 0")
     refuse(
         not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,
         "data.crop_scale must be two shares, 0 < low <= high <= 1",
@@ -426,9 +464,9 @@ def _check_stage(stage: StageConfig, vision: VisionConfig, at: str) -> None:
         if condition:
             raise UserError(f"{at}: {message}")
 
-    refuse((stage.samples is None) == (stage.epochs is None), "give samples or epochs, one of the two")
-    length = stage.samples if stage.samples is not None else stage.epochs
-    refuse(length is not None and length <= 0, "a stage's length must be above 0")
+    lengths = [n for n in (stage.samples, stage.steps, stage.epochs) if n is not None]
+    refuse(len(lengths) != 1, "give samples, steps or epochs, one of the three")
+    refuse(lengths[0] <= 0, "a stage's length must be above 0")
     refuse(stage.global_batch < 2, "global_batch must be at least 2, a contrastive loss needs negatives")
     refuse(stage.captions_per_image < 1, "captions_per_image must be at least 1")
     refuse(stage.max_regions < 0, "max_regions must be 0 or more")

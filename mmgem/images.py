@@ -41,7 +41,7 @@ class Preprocess:
     def __call__(self, image: Image.Image, window: Window | None = None, flip: bool = False) -> Tensor:
         """picture -> 3 x size x size, float32. `flip` mirrors left and right after the cut."""
         window = window or self.window(*image.size)
-        resized = image.convert("RGB")
+        resized = image if image.mode == "RGB" else image.convert("RGB")
         if resized.size != (self.size, self.size) or window != (0.0, 0.0, float(self.size), float(self.size)):
             resized = resized.resize((self.size, self.size), Image.Resampling.BICUBIC, box=window)
         if flip:
@@ -49,9 +49,14 @@ class Preprocess:
         return self.normalise(resized)
 
     def normalise(self, image: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        return (pixels - mean[:, None, None]) / std[:, None, None]
+        """RGB -> 3 x height x width, contiguous."""
+        # Each row's red, then its green, then its blue: cheaper to take apart than pixels.
+        rows_H3W = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)
+        pixels_3HW = rows_H3W.transpose(1, 0, 2).astype(np.float32, order="C")
+        pixels_3HW /= 255
+        pixels_3HW -= np.asarray(self.mean, np.float32)[:, None, None]
+        pixels_3HW /= np.asarray(self.std, np.float32)[:, None, None]
+        return torch.from_numpy(pixels_3HW)
 
 
 def move_boxes(boxes: Sequence[Sequence[float]], window: Window, flip: bool = False) -> Tensor:

@@ -1,7 +1,7 @@
 """Items of one micro-batch -> `Batch`, typed, with shapes.
 
-Receives what the reader gave for each position (an `Item`, or a `Broken` one). Gives a `Batch`; broken items are
-left out of it and named in it. Refuses a batch in which nothing is left.
+Receives what the reader gave for each position: an `Item`, and before it the `Broken` ones whose place it took. Gives a
+`Batch`, which names those. Refuses nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmgem.errors import UserError
 from mmgem.phrases import normalise_phrase
 from mmgem.text import PackedTexts, TextCodec, pack_texts
 
@@ -32,12 +31,20 @@ class Item:
     phrases: tuple[str, ...]
     entities: tuple[str, ...]
     """Equal for boxes of the sample that mean the same thing."""
+    dropped: tuple[str, ...] = ()
+    """What was wrong in its record and left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Broken:
+    """A sample whose place another one took, or, with `dropped`, a part of a sample that was left out of it."""
+
     key: str
     reason: str
+    detail: str = ""
+    shard: str | None = None
+    """Set where the whole shard is at fault."""
+    dropped: bool = False
 
 
 @dataclass(slots=True)
@@ -99,10 +106,7 @@ class Collate:
     def __call__(self, items: Sequence[Item | Broken]) -> Batch:
         broken = [i for i in items if isinstance(i, Broken)]
         good = [i for i in items if isinstance(i, Item)]
-        if not good:
-            raise UserError(
-                f"all {len(items)} samples of a batch are broken, the first: {broken[0].key}: {broken[0].reason}"
-            )
+        broken += [Broken(item.key, reason, dropped=True) for item in good for reason in item.dropped]
         captions = [c for item in good for c in item.captions]
         phrases = [p for item in good for p in item.phrases]
         caption_image = [b for b, item in enumerate(good) for _ in item.captions]

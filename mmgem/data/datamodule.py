@@ -1,15 +1,15 @@
 """Shards, order, samples, transforms and batches as one LightningDataModule.
 
-Receives a split, what the model wants of pictures and texts, and a stage's settings. Gives the stage's batches from
-any position on: its whole state is the number of samples consumed. Refuses regions asked of data without any, and
-runs on broken samples only up to the set share.
+Receives the training data, what the model wants of pictures and texts, and a stage's settings. Gives the stage's
+batches of one rank from any position on: its whole state is the number of samples consumed. A broken sample's place is
+taken by the sample of the next position. Refuses regions asked of data without any, and data of which nearly nothing
+can be read.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import lightning as L
@@ -22,7 +22,7 @@ from mmgem.config import DataConfig, StageConfig
 from mmgem.data.batch import Batch, Broken, Collate, Item
 from mmgem.data.order import Order, draws
 from mmgem.data.samples import SampleError, decode_image
-from mmgem.data.shards import ShardedDataset
+from mmgem.data.sources import Sources
 from mmgem.data.transforms import View, draw_view, plain_view
 from mmgem.errors import UserError
 from mmgem.images import Preprocess
@@ -43,9 +43,12 @@ class CachedPictures(Protocol):
 class Reader(Dataset):
     """Position -> Item, by arithmetic: sample, view, captions and boxes depend on (seed, epoch, sample) alone."""
 
+    MOST_IN_A_ROW = 1000
+    """Broken positions after which the data are given up."""
+
     def __init__(
         self,
-        dataset: ShardedDataset,
+        dataset: Sources,
         data: DataConfig,
         stage: StageConfig,
         preprocess: Preprocess,
@@ -55,23 +58,56 @@ class Reader(Dataset):
         refuse_missing_regions(dataset, stage)
         self.dataset, self.data, self.stage = dataset, data, stage
         self.preprocess, self.seed, self.cache = preprocess, seed, cache
-        self.order = Order(len(dataset), seed)
+        self.order = Order(dataset.sizes, seed, data.window, data.lanes, dataset.order_sources)
+
+    def __getitems__(self, positions: Sequence[int]) -> list[Item | Broken]:
+        """The positions of a batch, each an Item, with the broken ones whose place it took before it."""
+        if self.dataset.remote:
+            self._prefetch(positions)
+        items: list[Item | Broken] = []
+        epoch_P, sample_P = self.order.places(positions)
+        for position, epoch, sample in zip(positions, epoch_P.tolist(), sample_P.tolist(), strict=True):
+            items += self._first_good(position, epoch, sample)
+        return items
 
     def __getitem__(self, position: int) -> Item | Broken:
-        epoch, index = self.order.at(position)
-        try:
-            sample = self.dataset.sample(index)
-            if self.cache is None:
-                rng = draws(self.seed, epoch, index, VIEW)
-                image = decode_image(sample)
-                view = draw_view(self.data, self.preprocess, *image.size, rng)
-                picture = view.picture(image, self.preprocess)
-            else:
-                number = int(draws(self.seed, epoch, index, VIEW).integers(self.stage.cached_views))
-                view = cached_view(self.data, self.preprocess, self.seed, index, number, sample.width, sample.height)
-                picture = self.cache.get(index, number)
-        except SampleError as e:
-            return Broken(e.key, e.reason)
+        return self.__getitems__([position])[-1]
+
+    def _first_good(self, position: int, epoch: int, sample: int) -> list[Item | Broken]:
+        """The item of the first position from this one on that can be read, after what could not be."""
+        broken: list[Item | Broken] = []
+        while len(broken) < self.MOST_IN_A_ROW:
+            try:
+                return [*broken, self._item(epoch, sample)]
+            except SampleError as e:
+                broken.append(Broken(e.key, e.reason, e.detail, e.shard))
+            position += 1
+            epoch, sample = self.order.at(position)
+        raise UserError(
+            f"{self.dataset.name}: {len(broken)} positions in a row hold broken samples, the last: {broken[-1]}; "
+            "look at the data with `mmgem data check`"
+        )
+
+    def _prefetch(self, positions: Sequence[int]) -> None:
+        """Says which shards are needed now and, one window on, next."""
+        lanes = self.data.lanes
+        here = np.asarray(positions)
+        ahead = here + self.order.window_samples * lanes  # a multiple of the lanes, so that they stay this rank's
+        self.dataset.prefetch(self.order.shards(here))
+        self.dataset.prefetch(self.order.shards(ahead))
+
+    def _item(self, epoch: int, index: int) -> Item:
+        """Raises SampleError."""
+        sample = self.dataset.sample(index)
+        if self.cache is None:
+            rng = draws(self.seed, epoch, index, VIEW)
+            image = decode_image(sample)
+            view = draw_view(self.data, self.preprocess, *image.size, rng)
+            picture = view.picture(image, self.preprocess)
+        else:
+            number = int(draws(self.seed, epoch, index, VIEW).integers(self.stage.cached_views))
+            view = cached_view(self.data, self.preprocess, self.seed, index, number, sample.width, sample.height)
+            picture = self.cache.get(index, number)
         captions = _choose(sample.captions, self.stage.captions_per_image, draws(self.seed, epoch, index, CAPTIONS))
         regions: list[Any] = []
         boxes_R4 = torch.zeros(0, 4)
@@ -86,10 +122,11 @@ class Reader(Dataset):
             boxes_R4=boxes_R4,
             phrases=tuple(r.phrase for r in regions),
             entities=tuple(r.entity or str(r.box) for r in regions),
+            dropped=sample.dropped,
         )
 
 
-def refuse_missing_regions(dataset: ShardedDataset, stage: StageConfig) -> None:
+def refuse_missing_regions(dataset: Sources, stage: StageConfig) -> None:
     if stage.max_regions and not dataset.has_regions:
         raise UserError(
             f"stage {stage.name}: max_regions={stage.max_regions}, but {dataset.name} has no regions; "
@@ -121,17 +158,19 @@ def _choose(items: Any, count: int, rng: np.random.Generator) -> list[Any]:
 
 
 class StageSampler(Sampler[list[int]]):
-    """The positions of each step from `start` on. Its length is the whole stage's, so step numbers survive a resume."""
+    """A rank's positions of each step from `start` on. Its length is the whole stage's, so that a resumed run counts
+    its steps from the stage's beginning."""
 
-    def __init__(self, start: int, steps: int, global_batch: int):
-        self.start, self.steps, self.global_batch = start, steps, global_batch
+    def __init__(self, order: Order, start: int, steps: int, global_batch: int, rank: int = 0, ranks: int = 1):
+        self.order, self.start, self.steps, self.global_batch = order, start, steps, global_batch
+        self.rank, self.ranks = rank, ranks
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start // self.global_batch, self.steps):
-            yield list(range(step * self.global_batch, (step + 1) * self.global_batch))
+            yield self.order.step(step, self.global_batch, self.rank, self.ranks).tolist()
 
 
 class StageData(L.LightningDataModule):
@@ -139,13 +178,15 @@ class StageData(L.LightningDataModule):
 
     def __init__(
         self,
-        dataset: ShardedDataset,
+        dataset: Sources,
         codec: TextCodec,
         preprocess: Preprocess,
         data: DataConfig,
         stage: StageConfig,
         seed: int,
         cache: CachedPictures | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         super().__init__()
         self.reader = Reader(dataset, data, stage, preprocess, seed, cache)
@@ -160,14 +201,16 @@ class StageData(L.LightningDataModule):
             write_captions=loss.gen > 0,
             write_phrases=written_regions if loss.region_gen > 0 else 0,
         )
-        self.data, self.stage = data, stage
+        self.data, self.stage, self.rank, self.ranks = data, stage, rank, ranks
         self.steps = stage_steps(stage, len(dataset))
         self.samples_consumed = 0
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return DataLoader(
             self.reader,
-            batch_sampler=StageSampler(self.samples_consumed, self.steps, self.stage.global_batch),
+            batch_sampler=StageSampler(
+                self.reader.order, self.samples_consumed, self.steps, self.stage.global_batch, self.rank, self.ranks
+            ),
             collate_fn=self.collate,
             num_workers=self.data.workers,
             worker_init_fn=leave_signals_to_parent,
@@ -184,18 +227,9 @@ class StageData(L.LightningDataModule):
         self.samples_consumed = state_dict["samples_consumed"]
 
 
-def stage_steps(stage: StageConfig, samples_in_split: int) -> int:
+def stage_steps(stage: StageConfig, samples_in_data: int) -> int:
     """Whole steps of a stage, at least one."""
-    samples = stage.samples if stage.samples is not None else round((stage.epochs or 0) * samples_in_split)
+    if stage.steps is not None:
+        return stage.steps
+    samples = stage.samples if stage.samples is not None else round((stage.epochs or 0) * samples_in_data)
     return max(1, samples // stage.global_batch)
-
-
-def open_split(path: str, split: str) -> ShardedDataset:
-    if not path:
-        raise UserError("data.path is missing: name a folder made by `mmgem data prepare`")
-    if not Path(path).is_dir():
-        raise UserError(f"data.path={path}: no such folder; make it with `mmgem data prepare`")
-    dataset = ShardedDataset(Path(path) / split)
-    if not len(dataset):
-        raise UserError(f"{path}/{split}: no samples")
-    return dataset

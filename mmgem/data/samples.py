@@ -21,17 +21,20 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 Box = tuple[float, float, float, float]
+N = TypeVar("N", int, float)
 
 # The names under which dropped parts are counted; index files and reports print them as they are.
 EMPTY_CAPTION = "empty caption"
 EMPTY_PHRASE = "empty phrase"
 BOX_OUTSIDE = "box outside image"
 BOX_WITHOUT_AREA = "box without area"
+BOX_NO_NUMBERS = "box is not four numbers"
 
 # The reasons of a SampleError; stable, so that they can be counted.
 NO_TEXT = "no caption and no region"
@@ -59,6 +62,8 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Whose right, or lower, edge of the picture as seen is where the stored rows, or columns, begin.
+_FROM_RIGHT, _FROM_BELOW = (2, 3, 6, 7), (3, 4, 7, 8)
 
 
 class SampleError(Exception):
@@ -97,7 +102,7 @@ class Sample:
 
     `image` is the encoded picture; `width` and `height` are pixels after EXIF rotation. `meta` has
     every other field of the record; its entry "regions", where there is one, has the other fields
-    of each region, in the order of `regions`.
+    of each region, in the order of `regions`. `dropped` names what was left out of it.
     """
 
     key: str
@@ -107,6 +112,7 @@ class Sample:
     width: int
     height: int
     meta: dict[str, Any]
+    dropped: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass
@@ -141,18 +147,20 @@ def parse_sample(key: str, image: bytes, meta: Mapping[str, Any] | str, counts: 
     is dropped is added to `counts`. Raises SampleError when nothing is left, when `meta` has
     another shape than the one above, and when the size has to be read and the head is broken.
     """
-    counts = Counter() if counts is None else counts
+    dropped: Counter[str] = Counter()
     if isinstance(meta, str):
         meta = {"caption": meta}
-    captions = parse_captions(key, meta, counts)
+    captions = parse_captions(key, meta, dropped)
     width, height = _stored_size(meta) or image_size(key, image)
-    regions, extras = _parse_regions(key, meta, width, height, counts)
+    regions, extras = _parse_regions(key, meta, width, height, dropped)
+    if counts is not None:
+        counts.update(dropped)
     if not captions and not regions:
         raise SampleError(key, NO_TEXT)
     rest = {name: value for name, value in meta.items() if name not in _OWN_FIELDS}
     if any(extras):
         rest["regions"] = extras
-    return Sample(key, image, captions, regions, width, height, rest)
+    return Sample(key, image, captions, regions, width, height, rest, tuple(dropped.elements()))
 
 
 def parse_captions(key: str, meta: Mapping[str, Any] | str, counts: Counter[str] | None = None) -> tuple[str, ...]:
@@ -206,49 +214,95 @@ def record_of(sample: Sample) -> dict[str, Any]:
     return {**record, "width": sample.width, "height": sample.height, **rest}
 
 
-def decode_image(sample: Sample) -> Image.Image:
-    """The picture as RGB, EXIF rotation applied. Raises SampleError.
+class OpenedPicture:
+    """The picture of a sample, its head read: its `size`, (width, height) as it is seen, is known before its pixels.
 
-    Transparency is dropped, grey of 16 bits is scaled to 8. Refuses a sample with boxes whose recorded
-    size is not that of its picture: the boxes are then pixels of another one.
+    Only a JPEG waits for `decode`; a picture of another format is decoded here. Raises SampleError.
     """
-    opened = _open(sample.key, sample.image)
-    try:
-        opened.load()
-        orientation = _orientation(opened)  # after load: a PNG may have its EXIF at the end
-        image: Image.Image = opened
-        if image.mode.startswith("I;16"):
-            # Pillow's convert("RGB") would cut at 255 and give a white picture.
-            image = image.point(lambda level: level * (1 / 256) + 0).convert("L")
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        if orientation != 1:
-            image = image.transpose(_TRANSPOSE[orientation])
+
+    def __init__(self, sample: Sample) -> None:
+        self._sample = sample
+        self._file = _open(sample.key, sample.image)
+        if not isinstance(self._file, JpegImageFile):
+            self._load()  # a PNG may have its EXIF at the end
+        self._orientation = _orientation(self._file)
+        self.size = _turned(self._file.size, self._orientation)
+
+    def decode(self, needed: tuple[int, int] | None = None) -> Image.Image:
+        """The picture as RGB, EXIF rotation applied; to be called once. Raises SampleError.
+
+        A JPEG is decoded at the smallest of the scales 1/1, 1/2, 1/4 and 1/8 that leaves it the width and height
+        `needed`, in pixels; without, and in another format, it comes in its full size. Transparency is dropped, grey
+        of 16 bits is scaled to 8. Refuses a sample with boxes whose recorded size is not that of its picture: the
+        boxes are then pixels of another one.
+        """
+        drafted = needed and self._file.draft(None, _turned(needed, self._orientation))
+        self._load()
+        image = self._upright_rgb()
+        sample, (width, height) = self._sample, self.size
+        if sample.regions and self.size != (sample.width, sample.height):
+            sizes = f"record {sample.width}x{sample.height}, picture {width}x{height}"
+            raise SampleError(sample.key, SIZE_MISMATCH, sizes)
+        if drafted:
+            width, height = _turned(drafted[1][2:], self._orientation)
+        left = image.width - width if self._orientation in _FROM_RIGHT else 0
+        top = image.height - height if self._orientation in _FROM_BELOW else 0
+        self._shown = (left, top, left + width, top + height)
+        return image
+
+    def place(self, box: Box) -> Box:
+        """A box of the full picture -> where it lies in the decoded one, in its pixels.
+
+        A picture 99 pixels wide fills 49.5 of the 50 that it has at 1/2: what lies beyond is padding of the JPEG.
+        """
+        left, top, right, bottom = self._shown
+        x, y = (right - left) / self.size[0], (bottom - top) / self.size[1]
+        return (left + box[0] * x, top + box[1] * y, left + box[2] * x, top + box[3] * y)
+
+    def _load(self) -> None:
+        try:
+            self._file.load()
+        except Exception as error:  # Pillow's decoders raise nearly any type on broken data
+            raise SampleError(self._sample.key, BROKEN_IMAGE, str(error)) from error
+
+    def _upright_rgb(self) -> Image.Image:
+        image: Image.Image = self._file
+        try:
+            if image.mode.startswith("I;16"):
+                # Pillow's convert("RGB") would cut at 255 and give a white picture.
+                image = image.point(lambda level: level * (1 / 256) + 0).convert("L")
+            if image.mode != "RGB":
+                image = image.convert("RGB")
+        except Exception as error:
+            raise SampleError(self._sample.key, BROKEN_IMAGE, str(error)) from error
+        if self._orientation != 1:
+            image = image.transpose(_TRANSPOSE[self._orientation])
             image.info = {}  # or the next reader of its EXIF would turn it again
-    except Exception as error:  # Pillow's decoders raise nearly any type on broken data
-        raise SampleError(sample.key, BROKEN_IMAGE, str(error)) from error
-    if sample.regions and image.size != (sample.width, sample.height):
-        sizes = f"record {sample.width}x{sample.height}, picture {image.width}x{image.height}"
-        raise SampleError(sample.key, SIZE_MISMATCH, sizes)
-    return image
+        return image
+
+
+def decode_image(sample: Sample) -> Image.Image:
+    """The whole picture, in its full size: `OpenedPicture(sample).decode()`."""
+    return OpenedPicture(sample).decode()
 
 
 def image_size(key: str, image: bytes) -> tuple[int, int]:
     """(width, height) after EXIF rotation, from the head of the file. Raises SampleError."""
     opened = _open(key, image)
-    width, height = opened.size
-    return (height, width) if _orientation(opened) >= 5 else (width, height)
+    return _turned(opened.size, _orientation(opened))
 
 
 def clip_box(values: Any, width: float, height: float) -> Box | str:
     """The box cut to the picture, or the name under which a useless one is counted."""
     if not isinstance(values, list | tuple) or len(values) != 4:
-        return BOX_WITHOUT_AREA
+        return BOX_NO_NUMBERS
     try:
         x1, y1, x2, y2 = (float(value) for value in values)
     except (TypeError, ValueError, OverflowError):
-        return BOX_WITHOUT_AREA
-    if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 <= x1 or y2 <= y1:
+        return BOX_NO_NUMBERS
+    if not all(map(math.isfinite, (x1, y1, x2, y2))):
+        return BOX_NO_NUMBERS
+    if x2 <= x1 or y2 <= y1:
         return BOX_WITHOUT_AREA
     x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
     return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else BOX_OUTSIDE
@@ -312,6 +366,11 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # broken EXIF says nothing of the picture itself, which may be whole
         return 1
     return orientation if orientation in _TRANSPOSE else 1
+
+
+def _turned(size: tuple[N, N], orientation: int) -> tuple[N, N]:
+    """The size as stored <-> as seen."""
+    return (size[1], size[0]) if orientation >= 5 else size
 
 
 def _kind(value: object) -> str:

@@ -10,6 +10,7 @@ other bytes) makes a SampleError of each of its samples.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mmgem.data.index import INDEX_NAME, Index, ShardEntry, ShardMembers, read_index, read_members
+from mmgem.data.index import BROKEN_NAME, INDEX_NAME, Index, ShardEntry, ShardMembers, read_index, read_members
 from mmgem.data.samples import Sample, SampleError, merge_texts, parse_captions, parse_sample
 from mmgem.data.store import LocalStore, Store, open_store
 from mmgem.errors import UserError
@@ -66,6 +67,16 @@ class ShardedDataset:
     @property
     def has_regions(self) -> bool:
         return self.totals["regions"] > 0
+
+    @property
+    def remote(self) -> bool:
+        """Whether shards have to be fetched before they are read."""
+        return not isinstance(self.store, LocalStore)
+
+    def left_out(self) -> Iterator[dict[str, str]]:
+        """What was left out of the index when it was made: {"key", "shard", "reason", "detail"}."""
+        if self.store.exists(BROKEN_NAME):
+            yield from map(json.loads, self.store.read(BROKEN_NAME).splitlines())
 
     @property
     def keys(self) -> list[str]:

@@ -7,13 +7,15 @@ boxes their shares of it. Boxes of which less than half is left are dropped, sin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from mmgem.config import DataConfig
+from mmgem.data.samples import OpenedPicture
 from mmgem.images import Preprocess, Window, kept_share, move_boxes
 
 KEPT_SHARE = 0.5
@@ -39,6 +41,19 @@ class View:
         """Boxes in pixels -> their shares of the view, and the numbers of those kept."""
         kept = [i for i, share in enumerate(kept_share(boxes, self.window)) if share >= KEPT_SHARE]
         return move_boxes([boxes[i] for i in kept], self.window, self.flip), kept
+
+
+def view_picture(opened: OpenedPicture, view: View, preprocess: Preprocess, *, scaled: bool) -> Tensor:
+    """-> 3 x S x S, normalised. `scaled`: a JPEG may be decoded smaller, as long as the window keeps S pixels a side.
+
+    The view is of the picture's full size, `opened.size`. Raises SampleError.
+    """
+    needed = None
+    if scaled:
+        (width, height), (x1, y1, x2, y2) = opened.size, view.window
+        needed = ceil(preprocess.size * width / (x2 - x1)), ceil(preprocess.size * height / (y2 - y1))
+    image = opened.decode(needed)
+    return replace(view, window=opened.place(view.window)).picture(image, preprocess)
 
 
 def plain_view(preprocess: Preprocess, width: int, height: int) -> View:

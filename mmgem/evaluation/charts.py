@@ -16,6 +16,8 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
+from mmgem.page import label, ticks
+
 QUANTITIES = {
     "loss": "Loss",
     "loss_emb": "Contrastive loss",
@@ -201,32 +203,3 @@ def _thinned(x: NDArray[np.int64], y: NDArray[np.float64], rows: NDArray[np.int6
             chosen += sorted(ends)
         rows = np.array(chosen)
     return [(float(x[r]), float(y[r])) for r in rows]
-
-
-def ticks(low: float, high: float, wanted: int, *, outwards: bool = False) -> list[float]:
-    """Round numbers from `low` to `high`, about as many as wanted; the step is 1, 2 or 5 · 10^n.
-
-    outwards: one more at either end where the range does not end on a round number.
-    """
-    if not high > low:
-        return [low, low + 1.0] if outwards else [low]
-    raw = (high - low) / wanted
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    down, up = (math.floor, math.ceil) if outwards else (math.ceil, math.floor)
-    shift = 1e-9 if outwards else -1e-9
-    first, last = down(low / step + shift), up(high / step - shift)
-    return [n * step for n in range(first, last + 1)] or [low, high]
-
-
-def label(value: float) -> str:
-    """Four digits, thousands as k and M, small numbers with an exponent."""
-    size = abs(value)
-    if size >= 1e6:
-        return f"{value / 1e6:.4g}M"
-    if size >= 1e4:
-        return f"{value / 1e3:.4g}k"
-    if 0 < size < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:.4g}"

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jinja2 import Environment
 from markupsafe import Markup
 from PIL import Image
 
 from mmgem.evaluation.charts import charts, read_log
-from mmgem.evaluation.pictures import COLOURS, Mark, cutout, picture
 from mmgem.evaluation.result import (
     CaptionExample,
     Example,
@@ -28,7 +26,8 @@ from mmgem.evaluation.result import (
     TaskResult,
     write_text,
 )
-from mmgem.evaluation.template import PAGE, STYLE
+from mmgem.evaluation.template import PAGE
+from mmgem.page import COLOURS, Mark, cutout, picture, render
 
 _CARD, _TILE = 360, 150  # longest side of the embedded pictures, in pixels
 _REFERENCES = 5
@@ -62,8 +61,7 @@ def render_report(results: Sequence[TaskResult], fetch: Fetch, about: About) -> 
     """The page as a string."""
     if not results:
         raise ValueError("a report needs at least one result")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(PAGE).render(page_parts(results, fetch, about))
+    return render(PAGE, page_parts(results, fetch, about))
 
 
 def page_parts(results: Sequence[TaskResult], fetch: Fetch, about: About) -> dict[str, Any]:
@@ -79,7 +77,6 @@ def page_parts(results: Sequence[TaskResult], fetch: Fetch, about: About) -> dic
         "subtitle": about.subtitle,
         "facts": about.facts,
         "settings": about.settings,
-        "style": Markup(STYLE),
         "models": [m or "value" for m in models],
         "last_model": last or "the model",
         "ratio_name": f"{last} ÷ {models[0]}" if len(models) > 1 else "÷ chance",

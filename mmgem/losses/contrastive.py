@@ -1,6 +1,7 @@
 """InfoNCE with several positives.
 
-Receives un-normalised vectors of two sides and ids that say which belong together. Gives the loss. Refuses nothing.
+Receives un-normalised vectors of two sides and ids that say which belong together, of this rank. Gives the loss over
+those of all ranks. Refuses nothing.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmgem.losses.gather import gather_rows
+
 
 def contrastive_loss(
     x_NE: Tensor, owner_N: Tensor, text_ME: Tensor, text_owner_M: Tensor, text_M: Tensor, logit_scale: Tensor
 ) -> Tensor:
     """InfoNCE between images (or boxes) x and texts, each distinct text once.
 
-    The ids are those of `positives`. A text said of many images or boxes is one query and one negative: otherwise the
-    most frequent phrases fill the loss, and are pushed away from each other box as often as they occur.
+    The ids are those of `positives`. Every rank computes the loss of the whole global batch. A text said of many images
+    or boxes is one query and one negative: otherwise the most frequent phrases fill the loss, and are pushed away from
+    each other box as often as they occur.
     """
+    x_NE, text_ME = gather_rows(x_NE), gather_rows(text_ME)
+    owner_N, text_owner_M, text_M = gather_rows(owner_N), gather_rows(text_owner_M), gather_rows(text_M)
     first = first_of_each(text_M)
     return info_nce(x_NE, text_ME[first], positives(owner_N, text_owner_M, text_M)[:, first], logit_scale)
 

@@ -1,16 +1,16 @@
 """What goes on around the steps: the log, the screen, samples of captions, checkpoints, a clean stop.
 
-Receives Lightning's hooks. Gives log.jsonl (one line a step), progress, samples.jsonl, checkpoints. Refuses to go on
-past the set share of broken samples.
+Receives Lightning's hooks. Gives log.jsonl (one line a step), progress, broken.jsonl, keys.jsonl, samples.jsonl,
+checkpoints; the first rank writes for all. Refuses to go on past the set share of broken samples.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TextIO
 
@@ -23,24 +23,78 @@ from mmgem.data.datamodule import StageData
 from mmgem.errors import UserError
 from mmgem.model.pretrained import config_json
 from mmgem.progress import Progress
-from mmgem.training.checkpoint import RunFolder, RunState, state_tree
+from mmgem.training.checkpoint import RunFolder, RunState, append_line, state_tree
 from mmgem.training.module import StageModule
+from mmgem.training.ranks import Ranks
 from mmgem.training.signals import SIGNALS, stop_at_once, stop_if_asked
 
 FIRST_LINE = 10
 """The step after which a log without a terminal gets its first line; later ones come by time."""
 
 
-class StepLog(L.Callback):
-    """log.jsonl, one line a step, and the progress on the screen."""
+class BrokenSamples(L.Callback):
+    """Counts broken samples and names them in broken.jsonl, each once; past the set share the run stops.
 
-    def __init__(self, folder: RunFolder, steps_before: int):
-        self.folder, self.steps_before = folder, steps_before
+    Stands before `StepLog`, whose lines say how many each step met: from them a resumed run knows what came before.
+    """
+
+    FEWEST = 10
+    """Below so many, bad luck and not bad data."""
+
+    def __init__(self, folder: RunFolder, max_broken: float, stage: str, steps_before: int, ranks: Ranks):
+        self.folder, self.max_broken, self.stage = folder, max_broken, stage
+        self.steps_before, self.ranks = steps_before, ranks
+        self.named = {_name_of(line) for line in folder.lines(folder.broken)}
+        self.broken = sum(line.get("broken", 0) for line in folder.lines(folder.log) if line.get("stage") == stage)
+        self.in_step = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, StageModule)
+        self.in_step = 0
+        if not self.ranks.sums(len(batch.broken))[0]:
+            return
+        met = self.ranks.lists(batch.broken)
+        for one in met:
+            line = {"step": self.steps_before + batch_idx + 1, "stage": self.stage, **dataclasses.asdict(one)}
+            if one.shard is not None:
+                line["key"] = ""  # all of the shard's samples
+            if self.ranks.first and _name_of(line) not in self.named:
+                append_line(self.folder.broken, line)
+                what = f"shard {one.shard}" if one.shard is not None else f"sample {one.key}"
+                print(f"{'left out of' if one.dropped else 'skipped'} {what}: {one.reason}", file=sys.stderr)
+            self.named.add(_name_of(line))
+        self.in_step = sum(not one.dropped for one in met)
+        self.broken += self.in_step
+        seen = (batch_idx + 1) * pl_module.stage.global_batch + self.broken
+        if self.broken >= self.FEWEST and self.broken > self.max_broken * seen:
+            raise UserError(
+                f"{self.broken} of {seen} samples are broken, more than data.max_broken={self.max_broken}; they are "
+                f"named in {self.folder.broken}; raise the share and go on, or mend the data and begin a new run"
+            )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.broken and self.ranks.first:
+            print(f"{self.broken} broken samples were replaced; named in {self.folder.broken}", file=sys.stderr)
+
+
+def _name_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    return line.get("key"), line.get("shard"), line.get("reason")
+
+
+class StepLog(L.Callback):
+    """log.jsonl, one line a step, and the progress on the screen; keys.jsonl, if it is wanted."""
+
+    def __init__(self, folder: RunFolder, steps_before: int, ranks: Ranks, broken: BrokenSamples, keys: bool = False):
+        self.folder, self.steps_before, self.ranks, self.broken, self.keys = folder, steps_before, ranks, broken, keys
         self.file: TextIO | None = None
         self.cut = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, StageModule)
+        if not self.ranks.first:
+            return
         self.file = self.folder.log.open("a", buffering=1)
         done = trainer.global_step
         self.progress = Progress(pl_module.stage.name, pl_module.steps, "steps", done)
@@ -50,11 +104,18 @@ class StepLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, StageModule) and self.file is not None
-        now = time.monotonic()
-        rate, self.clock = len(batch.keys) / max(now - self.clock, 1e-9), now
-        self.cut += batch.texts_cut
+        assert isinstance(pl_module, StageModule)
+        texts_cut, regions = (int(n) for n in self.ranks.sums(batch.texts_cut, len(batch.boxes_R4)))
         step = batch_idx + 1
+        if self.keys:
+            keys = self.ranks.lists(batch.keys)
+            if self.file is not None:
+                append_line(self.folder.keys, {"step": self.steps_before + step, "keys": keys})
+        if self.file is None:
+            return
+        now = time.monotonic()
+        rate, self.clock = pl_module.stage.global_batch / max(now - self.clock, 1e-9), now
+        self.cut += texts_cut
         line = {
             "step": self.steps_before + step,
             "stage": pl_module.stage.name,
@@ -66,8 +127,9 @@ class StepLog(L.Callback):
             "lr": pl_module.stage.lr * pl_module.lr_factor(batch_idx),
             "logit_scale": pl_module.last["logit_scale"],
             "samples_per_s": round(rate, 2),
-            "regions": len(batch.boxes_R4),
-            "texts_cut": batch.texts_cut,
+            "regions": regions,
+            "texts_cut": texts_cut,
+            "broken": self.broken.in_step,
         }
         self.file.write(json.dumps(line) + "\n")
         metrics = {k: v for k, v in line.items() if k not in ("stage", "step") and v is not None}
@@ -91,42 +153,11 @@ class StepLog(L.Callback):
         self.teardown(trainer, pl_module, "fit")
 
 
-class BrokenSamples(L.Callback):
-    """Counts and names broken samples; past the set share the run stops."""
-
-    FEWEST = 10
-    """Below so many, bad luck and not bad data."""
-
-    def __init__(self, max_broken: float):
-        self.max_broken = max_broken
-        self.seen = 0
-        self.broken: Counter[str] = Counter()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
-        self.seen += len(batch.keys) + len(batch.broken)
-        for sample in batch.broken:
-            if sample.key not in self.broken:
-                print(f"skipped sample {sample.key}: {sample.reason}", file=sys.stderr)
-            self.broken[sample.key] += 1
-        count = self.broken.total()
-        if count >= self.FEWEST and count > self.max_broken * self.seen:
-            raise UserError(
-                f"{count} of {self.seen} samples are broken, more than data.max_broken={self.max_broken}; the first: "
-                f"{', '.join(list(self.broken)[:5])}; raise the share and go on, or mend the data and begin a new run"
-            )
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.broken:
-            print(f"{self.broken.total()} of {self.seen} samples were broken and left out", file=sys.stderr)
-
-
 class Checkpoints(L.Callback):
     """Every so many steps, at the end, and when asked to stop: Ctrl-C and SIGTERM finish the step, save, and leave."""
 
-    def __init__(self, folder: RunFolder, config: Config, steps_before: int):
-        self.folder, self.config, self.steps_before = folder, config, steps_before
+    def __init__(self, folder: RunFolder, config: Config, steps_before: int, ranks: Ranks):
+        self.folder, self.config, self.steps_before, self.ranks = folder, config, steps_before, ranks
         self.signal: int | None = None
         self.handlers: dict[signal.Signals, Any] = {}
 
@@ -158,10 +189,14 @@ class Checkpoints(L.Callback):
         step = batch_idx + 1
         data.samples_consumed = step * pl_module.stage.global_batch
         due = step % self.config.training.checkpoint_every == 0 or step == pl_module.steps
-        stopping = self.signal is not None  # read once: a signal may come between
-        if due or stopping:
+        # Read once, for a signal may come between, and for all ranks, so that they stop after the same step.
+        asked = self.ranks.sums(*(float(self.signal == number) for number in SIGNALS))
+        stopping = next((number for number, count in zip(SIGNALS, asked, strict=True) if count), None)
+        if stopping is not None:
+            self.signal = stopping
+        if due or stopping is not None:
             self._save(trainer, step)
-        if stopping:
+        if stopping is not None:
             trainer.should_stop = True
 
     def _save(self, trainer: L.Trainer, step: int) -> None:
@@ -183,7 +218,7 @@ class CaptionSamples(L.Callback):
     def __init__(
         self, folder: RunFolder, pictures: Sequence[tuple[str, Image.Image, str]], every: int, steps_before: int
     ):
-        """pictures: key, picture, a reference caption."""
+        """pictures: key, picture, a reference caption; none on other ranks than the first."""
         self.folder, self.pictures, self.every, self.steps_before = folder, pictures, every, steps_before
 
     def on_train_batch_end(

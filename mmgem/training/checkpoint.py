@@ -11,7 +11,10 @@ import json
 import os
 import pickle
 import platform
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,12 @@ from mmgem.config import Config, save_config, to_tree
 from mmgem.errors import UserError, one_line
 
 # Settings that may differ between the parts of a run without changing its result.
-FREE_SETTINGS = ("run", "training.", "data.workers", "data.path", "data.cache", "data.max_broken")
+FREE_SETTINGS = ("run", "training.", "data.workers", "data.path", "data.cache", "data.max_broken", "data.shard_cache")
+FREE_PLACES = re.compile(r"data\.sources\.\d+\.path")
 BOUND_SETTINGS = ("training.precision",)
+
+MOST_LEFT_OUT = 10_000
+"""Samples that an index left out are named in a run's broken.jsonl, too; no more than so many."""
 
 
 @dataclass
@@ -46,6 +53,8 @@ class RunFolder:
         self.facts = self.path / "run.json"
         self.log = self.path / "log.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.keys = self.path / "keys.jsonl"
+        self.broken = self.path / "broken.jsonl"
         self.tokenizer = self.path / "tokenizer"
 
     def begin(self, config: Config, resume: str, data_checksum: str) -> Path | None:
@@ -70,7 +79,8 @@ class RunFolder:
     def _refuse_other_settings(self, config: Config) -> None:
         before, now = _flat(yaml.safe_load(self.config.read_text())), _flat(to_tree(config))
         for key in sorted(set(before) | set(now)):
-            free = key.startswith(FREE_SETTINGS) and key not in BOUND_SETTINGS
+            free = key.startswith(FREE_SETTINGS) or FREE_PLACES.fullmatch(key)
+            free = free and key not in BOUND_SETTINGS
             if not free and before.get(key) != now.get(key):
                 raise UserError(
                     f"{self.path}: the run began with {key}={before.get(key)}, now it is {now.get(key)}; "
@@ -112,9 +122,20 @@ class RunFolder:
                 old.unlink()
         return place
 
+    @staticmethod
+    def lines(file: Path) -> list[dict[str, Any]]:
+        """The JSON lines of one of the run's files; none where there is no such file."""
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def note_left_out(self, left_out: Iterable[dict[str, str]]) -> None:
+        """Begins broken.jsonl with what the data's own index left out, as step 0."""
+        lines = [{"step": 0, "stage": None, **one} for one in islice(left_out, MOST_LEFT_OUT)]
+        lines += [line for line in self.lines(self.broken) if line["step"] > 0]
+        write_atomically(self.broken, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
     def forget_after(self, run_step: int) -> None:
         """What the run will do again from here: lines and checkpoints of later steps, and files left half written."""
-        for file in (self.log, self.samples):
+        for file in (self.log, self.samples, self.keys, self.broken):
             if file.is_file():
                 lines = [line for line in file.read_text().splitlines() if _step_of(line) <= run_step]
                 write_atomically(file, "".join(f"{line}\n" for line in lines))
@@ -156,6 +177,11 @@ def write_atomically(file: Path, text: str) -> None:
     unfinished = file.with_name(f".{file.name}.unfinished")
     unfinished.write_text(text)
     os.replace(unfinished, file)
+
+
+def append_line(file: Path, line: dict[str, Any]) -> None:
+    with file.open("a") as lines:
+        lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _checkpoint_name(run_step: int) -> str:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmgem.config import DataConfig
 from mmgem.data.datamodule import cached_view, leave_signals_to_parent
 from mmgem.data.samples import SampleError, decode_image
-from mmgem.data.shards import ShardedDataset
+from mmgem.data.sources import Sources
 from mmgem.errors import UserError
 from mmgem.images import Preprocess
 from mmgem.model.vision import VisionTower
@@ -57,7 +57,7 @@ class FeatureCache:
 class _Views(Dataset):
     """Sample number -> V x 3 x S x S, or the reason why not."""
 
-    def __init__(self, dataset: ShardedDataset, data: DataConfig, preprocess: Preprocess, seed: int, views: int):
+    def __init__(self, dataset: Sources, data: DataConfig, preprocess: Preprocess, seed: int, views: int):
         self.dataset, self.data, self.preprocess = dataset, data, preprocess
         self.seed, self.views, self.first = seed, views, 0
 
@@ -78,7 +78,7 @@ class _Views(Dataset):
 def feature_cache(
     tower: VisionTower,
     preprocess: Preprocess,
-    dataset: ShardedDataset,
+    dataset: Sources,
     data: DataConfig,
     seed: int,
     views: int,

@@ -18,16 +18,25 @@ from mmgem.data.batch import Batch
 from mmgem.errors import UserError
 from mmgem.losses.caption import caption_loss
 from mmgem.losses.contrastive import contrastive_loss
+from mmgem.losses.gather import ranks, sum_over_ranks
 from mmgem.model import MMGem, Output
 from mmgem.training.optim import freeze, make_optimizer, schedule
 
 
 class StageModule(L.LightningModule):
     def __init__(
-        self, model: MMGem, stage: StageConfig, stage_number: int, steps: int, seed: int, from_trunk: bool = False
+        self,
+        model: MMGem,
+        stage: StageConfig,
+        stage_number: int,
+        steps: int,
+        seed: int,
+        from_trunk: bool = False,
+        rank: int = 0,
     ):
         """steps: of the whole stage. from_trunk: batches carry the frozen trunk's output instead of pictures."""
         super().__init__()
+        self.rank = rank
         self.model = model
         self.stage, self.stage_number, self.steps, self.seed = stage, stage_number, steps, seed
         self.from_trunk = from_trunk
@@ -51,27 +60,30 @@ class StageModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # All randomness of a step follows from its number, so a resumed run draws what an unbroken one would have.
-        torch.manual_seed((self.seed * 1_000_003 + self.stage_number) * 1_000_003 + batch_idx)
+        seed = (self.seed * 1_000_003 + self.stage_number) * 1_000_003 + batch_idx
+        torch.manual_seed(seed + self.rank * 1_000_000_007)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out: Output = self.model(
             batch.pictures, batch.texts, batch.text_vector_M, batch.boxes_R4, batch.region_image_R, self.from_trunk
         )
         losses = stage_losses(self.model, out, batch, self.stage)
-        loss = out.v_BE.new_zeros((), dtype=torch.float32)
-        if not losses:  # no captions and no boxes in the batch: a step of zeros, so that steps and samples stay in line
-            loss = (out.v_BE.sum() + out.t_ME.sum() + out.hidden_TD.sum()).float() * 0
+        # Zero times all outputs: a batch without captions or boxes is a step too, so that steps, samples and ranks stay
+        # in line.
+        loss = (out.v_BE.sum() + out.t_ME.sum() + out.r_RE.sum() + out.hidden_TD.sum()).float() * 0
         for name, value in losses.items():
             loss = loss + getattr(self.stage.loss, name) * value
-        if not torch.isfinite(loss):
-            figures = ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items())
+        # Each is the mean over the ranks (see `caption_loss`).
+        figures = (sum_over_ranks(torch.stack([loss, *losses.values()])) / ranks()).tolist()
+        figures = dict(zip(["loss", *(f"loss_{name}" for name in losses)], figures, strict=True))
+        if not math.isfinite(figures["loss"]):
+            text = ", ".join(f"{k.removeprefix('loss_')} {v:.4g}" for k, v in figures.items() if k != "loss")
             raise UserError(
-                f"stage {self.stage.name}, step {batch_idx}: the loss is not finite ({figures}); samples of the batch: "
+                f"stage {self.stage.name}, step {batch_idx}: the loss is not finite ({text}); samples of the batch: "
                 f"{', '.join(batch.keys[:8])}{' …' if len(batch.keys) > 8 else ''}; "
                 "lower the learning rate or clip_grad, or look at them"
             )
-        self.last = {"loss": loss.item(), **{f"loss_{k}": v.item() for k, v in losses.items()}}
-        self.last["logit_scale"] = math.exp(self.model.logit_scale.item())
+        self.last = {**figures, "logit_scale": math.exp(self.model.logit_scale.item())}
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -92,7 +104,11 @@ def stage_losses(model: MMGem, out: Output, batch: Batch, stage: StageConfig) ->
     """
     weights, losses = stage.loss, {}
     captions = batch.captions
-    if weights.emb and captions:
+    of_caption_T = batch.texts.label_text_T < captions
+    # All ranks must compute the same losses: a rank without captions or boxes has its part in those of the others.
+    here = torch.tensor([captions, len(batch.boxes_R4), int(of_caption_T.sum()), int((~of_caption_T).sum())])
+    with_captions, with_boxes, captions_written, phrases_written = sum_over_ranks(here.to(out.v_BE.device)).tolist()
+    if weights.emb and with_captions:
         losses["emb"] = contrastive_loss(
             out.v_BE,
             batch.image_id_B,
@@ -101,7 +117,7 @@ def stage_losses(model: MMGem, out: Output, batch: Batch, stage: StageConfig) ->
             batch.caption_text_M,
             model.logit_scale,
         )
-    if weights.region_emb and len(batch.boxes_R4):
+    if weights.region_emb and with_boxes:
         losses["region_emb"] = contrastive_loss(
             out.r_RE,
             batch.entity_id_R,
@@ -110,10 +126,9 @@ def stage_losses(model: MMGem, out: Output, batch: Batch, stage: StageConfig) ->
             batch.phrase_text_R,
             model.logit_scale,
         )
-    if len(out.hidden_TD):
-        of_caption_T = batch.texts.label_text_T < captions
-        for name, wanted_T in (("gen", of_caption_T), ("region_gen", ~of_caption_T)):
-            if getattr(weights, name) and bool(wanted_T.any()):
-                logits_TV = model.language.logits(out.hidden_TD[wanted_T])
-                losses[name] = caption_loss(logits_TV, batch.texts.labels_T[wanted_T], weights.label_smoothing)
+    written = (("gen", of_caption_T, captions_written), ("region_gen", ~of_caption_T, phrases_written))
+    for name, wanted_T, anywhere in written:
+        if getattr(weights, name) and anywhere:
+            logits_TV = model.language.logits(out.hidden_TD[wanted_T])
+            losses[name] = caption_loss(logits_TV, batch.texts.labels_T[wanted_T], weights.label_smoothing)
     return losses

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import shlex
 import shutil
 import sys
@@ -21,11 +20,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 
 from mmgem.config import Config, StageConfig
-from mmgem.data.datamodule import StageData, open_split, refuse_missing_regions, stage_steps
+from mmgem.data.datamodule import StageData, refuse_missing_regions, stage_steps
 from mmgem.data.samples import SampleError, decode_image
-from mmgem.data.shards import ShardedDataset
+from mmgem.data.sources import Sources, open_training_data, open_validation_data
 from mmgem.errors import UserError, one_line
 from mmgem.images import Preprocess
 from mmgem.memory import hand_back_freed_memory
@@ -35,8 +35,9 @@ from mmgem.progress import track
 from mmgem.text import load_tokenizer, train_tokenizer
 from mmgem.training.callbacks import BrokenSamples, CaptionSamples, Checkpoints, StepLog
 from mmgem.training.checkpoint import RunFolder, RunState, read_state
-from mmgem.training.features import feature_cache
+from mmgem.training.features import FeatureCache, feature_cache
 from mmgem.training.module import StageModule
+from mmgem.training.ranks import Ranks, process_group
 from mmgem.training.signals import Stopped, stop_if_asked, stopping_at_once
 
 SAMPLE_PICTURES = 4
@@ -45,40 +46,46 @@ STANDARD_PICTURES = 512
 
 def train(config: Config, resume: str = "never") -> int:
     """Trains all stages. Gives 0 when the run is finished, 128 + signal number when it was asked to stop."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this version trains in one process; start it without torchrun, deepspeed or srun")
     _quieten()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     folder = RunFolder(config.run)
+    ranks = Ranks()
     try:
-        with stopping_at_once():
-            stopped_by = _train(config, resume, folder)
+        with stopping_at_once(), process_group(choose_device(config).type == "cuda") as ranks:
+            stopped_by = _train(config, resume, folder, ranks)
     except Stopped as e:
         stopped_by = e.number
     if not stopped_by:
         return 0
     file = shlex.quote(str(folder.config))
-    print(f"stopped; to go on: mmgem train --config {file} --resume auto", file=sys.stderr)
+    if ranks.first:
+        print(f"stopped; to go on: mmgem train --config {file} --resume auto", file=sys.stderr)
     return 128 + stopped_by
 
 
-def _train(config: Config, resume: str, folder: RunFolder) -> int | None:
+def _train(config: Config, resume: str, folder: RunFolder, ranks: Ranks) -> int | None:
     """The stages in order. Gives the signal that stopped them, if one did."""
-    dataset = open_split(config.data.path, config.data.train_split)
+    dataset = open_training_data(config.data)
     for stage in config.stages:
         refuse_missing_regions(dataset, stage)
-    choose_device(config)
-    checkpoint = folder.begin(config, resume, dataset.checksum)
-    if resume == "auto" and folder.finished:
-        print(f"{folder.path}: this run is finished; its model: {folder.model}", file=sys.stderr)
+        refuse_uneven_ranks(stage, ranks.count)
+    checkpoint = ranks.by_first(lambda: folder.begin(config, resume, dataset.checksum))
+    if ranks.by_first(lambda: resume == "auto" and folder.finished):
+        if ranks.first:
+            print(f"{folder.path}: this run is finished; its model: {folder.model}", file=sys.stderr)
         return None
-    model, state = _build(config, dataset, folder, checkpoint)
+    model, state = _build(config, dataset, folder, checkpoint, ranks)
     steps = [stage_steps(stage, len(dataset)) for stage in config.stages]
-    folder.forget_after(sum(steps[: state.stage]) + state.samples // config.stages[state.stage].global_batch)
-    checksums = {config.data.train_split: dataset.checksum}
-    folder.write_facts(seed=config.seed, data=checksums, parameters=count_parameters(model), finished=False)
-    _announce(config, dataset, model, state, checkpoint is not None)
+
+    def lay_out() -> None:
+        folder.forget_after(sum(steps[: state.stage]) + state.samples // config.stages[state.stage].global_batch)
+        folder.note_left_out(dataset.left_out())
+        checksums = {config.data.train_split: dataset.checksum}
+        folder.write_facts(seed=config.seed, data=checksums, parameters=count_parameters(model), finished=False)
+        _announce(config, dataset, model, state, checkpoint is not None, ranks)
+
+    ranks.by_first(lay_out)
 
     for number, stage in enumerate(config.stages):
         if number < state.stage:
@@ -86,27 +93,29 @@ def _train(config: Config, resume: str, folder: RunFolder) -> int | None:
         begun = state.samples if number == state.stage else 0
         if begun < steps[number] * stage.global_batch:
             resumed = str(checkpoint) if begun else None
-            stopped_by = _run_stage(config, stage, number, sum(steps[:number]), model, dataset, folder, resumed)
+            stopped_by = _run_stage(config, stage, number, sum(steps[:number]), model, dataset, folder, resumed, ranks)
             if stopped_by:
                 return stopped_by
         elif (folder.stages / stage.name).is_dir():
             continue  # saved before the run was stopped, and others may have put a report beside it
-        model.save_pretrained(folder.stages / stage.name)
-    model.save_pretrained(folder.model)
-    folder.write_facts(finished=True)
-    shutil.rmtree(folder.path / "cache", ignore_errors=True)
-    print(f"finished: {folder.model}", file=sys.stderr)
+        if ranks.first:
+            model.save_pretrained(folder.stages / stage.name)
+    if ranks.first:
+        model.save_pretrained(folder.model)
+        folder.write_facts(finished=True)
+        shutil.rmtree(folder.path / "cache", ignore_errors=True)
+        print(f"finished: {folder.model}", file=sys.stderr)
     return None
 
 
 def _build(
-    config: Config, dataset: ShardedDataset, folder: RunFolder, checkpoint: Path | None
+    config: Config, dataset: Sources, folder: RunFolder, checkpoint: Path | None, ranks: Ranks
 ) -> tuple[MMGem, RunState]:
     """The model as it is before the first step to do: new, from `init_from`, or from the checkpoint."""
     state, content = read_state(checkpoint) if checkpoint else (RunState(), None)
     L.seed_everything(config.seed, verbose=False)
     fresh = checkpoint is None and config.init_from is None
-    tokenizer = make_tokenizer(config, dataset, folder, fresh=checkpoint is None)
+    tokenizer = ranks.by_first(lambda: make_tokenizer(config, dataset, folder, fresh=checkpoint is None))
     settings, origin = config.model, None
     if content is not None and "architecture" in content:  # not in checkpoints of early versions
         settings = inherit(settings, parse_config(content["architecture"], str(checkpoint)))
@@ -139,33 +148,43 @@ def _run_stage(
     number: int,
     steps_before: int,
     model: MMGem,
-    dataset: ShardedDataset,
+    dataset: Sources,
     folder: RunFolder,
     checkpoint: str | None,
+    ranks: Ranks,
 ) -> int | None:
     """Trains one stage. Gives the signal that stopped it, if one did."""
     cache, preprocess = None, stage_preprocess(model, stage)
     if stage.cached_views:
         root = Path(config.data.cache) if config.data.cache else folder.path / "cache"
         device, bf16 = choose_device(config), uses_bf16(config)
-        cache = feature_cache(
-            model.vision, preprocess, dataset, config.data, config.seed, stage.cached_views, root, device, bf16
-        )
-    data = StageData(dataset, model.codec, preprocess, config.data, stage, config.seed, cache)
-    module = StageModule(model, stage, number, data.steps, config.seed, from_trunk=cache is not None)
-    checkpoints = Checkpoints(folder, config, steps_before)
+
+        def make_cache() -> FeatureCache:
+            return feature_cache(
+                model.vision, preprocess, dataset, config.data, config.seed, stage.cached_views, root, device, bf16
+            )
+
+        cache = ranks.by_first(make_cache)
+    data = StageData(dataset, model.codec, preprocess, config.data, stage, config.seed, cache, ranks.rank, ranks.count)
+    module = StageModule(model, stage, number, data.steps, config.seed, cache is not None, ranks.rank)
+    checkpoints = Checkpoints(folder, config, steps_before, ranks)
+    broken = BrokenSamples(folder, config.data.max_broken, stage.name, steps_before, ranks)
     training = config.training
+    samples = sample_pictures(config, dataset) if ranks.first else []
     trainer = L.Trainer(
         accelerator={"cpu": "cpu", "cuda": "gpu"}[choose_device(config).type],
-        devices=1,
+        devices=ranks.local_count,
+        num_nodes=ranks.nodes,
+        strategy=_strategy(ranks, choose_device(config)),
+        use_distributed_sampler=False,  # the sampler is ours, see StageSampler
         precision="bf16-mixed" if uses_bf16(config) else "32-true",
         max_epochs=1,
         gradient_clip_val=stage.clip_grad or None,
         logger=list(_loggers(config, folder)),
         callbacks=[
-            StepLog(folder, steps_before),
-            BrokenSamples(config.data.max_broken),
-            CaptionSamples(folder, sample_pictures(config, dataset), training.sample_every, steps_before),
+            broken,
+            StepLog(folder, steps_before, ranks, broken, training.log_keys),
+            CaptionSamples(folder, samples, training.sample_every, steps_before),
             # Before the checkpoints, which hold it. Buffers follow the model: an average of counters is none.
             *([EMAWeightAveraging(decay=stage.ema, use_buffers=False)] if stage.ema else []),
             checkpoints,
@@ -179,6 +198,23 @@ def _run_stage(
     hand_back_freed_memory()  # the data module's workers are forks
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     return checkpoints.signal
+
+
+def _strategy(ranks: Ranks, device: torch.device) -> Any:
+    if ranks.count == 1:
+        return "auto"
+    # A rank whose share of a batch has no captions or boxes leaves parameters without gradient.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    return DDPStrategy(process_group_backend=backend, find_unused_parameters=True)
+
+
+def refuse_uneven_ranks(stage: StageConfig, ranks: int) -> None:
+    if stage.global_batch % ranks:
+        near = [n for n in range(ranks, 0, -1) if stage.global_batch % n == 0][0]
+        raise UserError(
+            f"stage {stage.name}: global_batch={stage.global_batch} cannot be divided among {ranks} ranks; set it to "
+            f"{-(-stage.global_batch // ranks) * ranks}, or start {near} rank{'s' if near > 1 else ''}"
+        )
 
 
 def stage_preprocess(model: MMGem, stage: StageConfig) -> Preprocess:
@@ -202,7 +238,7 @@ def _refuse_picture_sizes(config: Config, model: MMGem) -> None:
             ) from e
 
 
-def make_tokenizer(config: Config, dataset: ShardedDataset, folder: RunFolder, fresh: bool) -> Any:
+def make_tokenizer(config: Config, dataset: Sources, folder: RunFolder, fresh: bool) -> Any:
     """The configured tokenizer, or the LLM's, or one trained on the training texts (kept in the run's folder)."""
     if config.init_from is not None:
         return load_tokenizer(model_folder(Path(config.init_from)))
@@ -216,11 +252,9 @@ def make_tokenizer(config: Config, dataset: ShardedDataset, folder: RunFolder, f
     return load_tokenizer(folder.tokenizer)
 
 
-def sample_pictures(config: Config, train_set: ShardedDataset) -> list[Any]:
+def sample_pictures(config: Config, train_set: Sources) -> list[Any]:
     """The first readable pictures of the validation split, or, without one, of the training split."""
-    split = config.data.val_split
-    has_val = split is not None and os.path.isfile(os.path.join(config.data.path, split, "index.json"))
-    dataset = open_split(config.data.path, str(split)) if has_val else train_set
+    dataset = open_validation_data(config.data) or train_set
     pictures = []
     for index in range(min(len(dataset), 10 * SAMPLE_PICTURES)):
         try:
@@ -234,7 +268,7 @@ def sample_pictures(config: Config, train_set: ShardedDataset) -> list[Any]:
 
 
 @torch.no_grad()
-def measure_standard(model: MMGem, dataset: ShardedDataset, device: torch.device) -> None:
+def measure_standard(model: MMGem, dataset: Sources, device: torch.device) -> None:
     """Runs the tower over pictures spread evenly over the training split and sets the map's standardisation."""
     model.to(device).eval()
     pooled: list[torch.Tensor] = []
@@ -274,12 +308,14 @@ def count_parameters(model: MMGem) -> dict[str, int]:
     return {**counts, "all": sum(counts.values())}
 
 
-def _announce(config: Config, dataset: ShardedDataset, model: MMGem, state: RunState, resumed: bool) -> None:
+def _announce(config: Config, dataset: Sources, model: MMGem, state: RunState, resumed: bool, ranks: Ranks) -> None:
     counts = ", ".join(f"{part} {n / 1e6:.2f} M" for part, n in count_parameters(model).items())
     print(
-        f"{config.run}: {len(dataset)} samples in {config.data.path}/{config.data.train_split}; parameters: {counts}",
+        f"{config.run}: {len(dataset)} samples in {dataset.name}; parameters: {counts}",
         file=sys.stderr,
     )
+    if ranks.count > 1:
+        print(f"  {ranks.count} ranks on {ranks.nodes} machine{'s' if ranks.nodes > 1 else ''}", file=sys.stderr)
     for stage in config.stages:
         steps = stage_steps(stage, len(dataset))
         print(f"  stage {stage.name}: {steps} steps of global_batch {stage.global_batch}", file=sys.stderr)

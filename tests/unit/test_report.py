@@ -13,12 +13,12 @@ from eval_standin import ColourModel
 from PIL import Image
 from test_tasks import OPTIONS, SAMPLES, halves, make_sample, write_split
 
-from mmgem.evaluation.charts import charts, label, read_log, ticks
-from mmgem.evaluation.pictures import Mark, cutout, jpeg_uri, picture
+from mmgem.evaluation.charts import charts, read_log
 from mmgem.evaluation.report import About, number, render_report
 from mmgem.evaluation.result import CaptionExample, TaskResult, write_json
 from mmgem.evaluation.run import describe_config, evaluate, find_run
 from mmgem.evaluation.tasks import TASKS
+from mmgem.page import Mark, cutout, jpeg_uri, label, picture, ticks
 
 HOSTILE = '<script>alert("x")</script> & "quotes" </svg><img src=x onerror=alert(1)>'
 VOID = {"meta", "br", "img", "link", "input", "hr"}

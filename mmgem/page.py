@@ -1,0 +1,202 @@
+"""What the HTML pages share: their look, small pictures with boxes, and the ticks of an axis.
+
+Receives PIL pictures and boxes in their pixels, numbers, and a template with its values. Gives markup that needs no
+script, no other file and no network. Refuses nothing. Texts that are not Markup are escaped.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup, escape
+from PIL import Image
+
+from mmgem.data.samples import Box
+
+STYLE = """
+:root{color-scheme:light dark;--ground:#fcfcfa;--card:#fff;--ink:#1d2125;--soft:#5b646e;
+--line:#dfe2e5;--shade:#f1f3f4;--accent:#2563a8;--right:#1a7f45;--wrong:#b3382c}
+@media (prefers-color-scheme:dark){:root{--ground:#15181b;--card:#1c2024;--ink:#e4e7ea;
+--soft:#9aa4ae;--line:#30363c;--shade:#22272c;--accent:#7db3ee;--right:#5cc48a;--wrong:#ee8577}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--ground);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
+main{max-width:1080px;margin:0 auto;padding:28px 20px 64px}
+h1{font-size:1.7rem;line-height:1.2;margin:0 0 4px}
+h2{font-size:1.25rem;margin:44px 0 6px;padding-top:14px;border-top:1px solid var(--line)}
+h3{font-size:1rem;margin:26px 0 8px}
+p{margin:4px 0 12px;max-width:75ch}
+.soft,p.note{color:var(--soft);font-size:.9rem}
+dl.facts{display:grid;grid-template-columns:max-content 1fr;gap:3px 18px;margin:18px 0;
+font-size:.93rem}
+dl.facts dt{color:var(--soft)}dl.facts dd{margin:0;overflow-wrap:anywhere}
+.scroll{overflow-x:auto;border:1px solid var(--line);border-radius:8px;background:var(--card)}
+table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
+th,td{padding:5px 14px;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}
+thead th{border-bottom:1px solid var(--line);color:var(--soft);font-weight:600}
+tr.task th{background:var(--shade);text-align:left;font-weight:600}
+td small{color:var(--soft)}
+td.name{font-family:ui-monospace,"SF Mono",Menlo,Consolas,monospace;font-size:.85em}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:14px}
+svg.chart{width:100%;height:auto;display:block;background:var(--card);
+border:1px solid var(--line);border-radius:8px;padding:8px}
+svg.chart text{font-size:13px;fill:var(--soft)}
+svg.chart text.title{font-weight:600;fill:var(--ink);font-size:14px}
+svg.chart text.last{text-anchor:end}
+svg.chart text.y{text-anchor:end}svg.chart text.x{text-anchor:middle}
+svg.chart .grid,svg.chart .tick{stroke:var(--line);fill:none}
+svg.chart .stage0{fill:none}svg.chart rect.stage1{fill:var(--shade)}
+svg.chart text.stage{font-size:12px}
+svg.chart polyline{fill:none;stroke:var(--accent);stroke-linejoin:round}
+svg.chart .raw{opacity:.28;stroke-width:1}svg.chart .smooth{stroke-width:2}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:16px;
+align-items:start}
+.card{background:var(--card);border:1px solid var(--line);border-radius:8px;overflow:hidden}
+.card .body{padding:10px 14px 12px;font-size:.92rem;overflow-wrap:anywhere}
+svg.picture{width:100%;height:auto;max-height:290px;display:block;background:var(--shade)}
+svg.picture rect.halo{fill:none;stroke:#000;stroke-opacity:.55;stroke-width:4.5;
+vector-effect:non-scaling-stroke}
+svg.picture rect.box{fill:none;stroke-width:2.5;vector-effect:non-scaling-stroke}
+svg.picture text.badge{fill:#111;font-weight:700;text-anchor:middle;font-family:inherit}
+.by{color:var(--soft);font-size:.82rem}
+.wrote{margin:0 0 6px}
+.refs{margin:6px 0 0;padding:6px 0 0 1.1em;border-top:1px solid var(--line);color:var(--soft);
+font-size:.87rem}
+ul.notes{list-style:none;margin:0;padding:0}
+ul.notes li{display:grid;grid-template-columns:22px 1fr;gap:2px 9px;padding:5px 0}
+ul.notes li+li{border-top:1px solid var(--line)}
+.chip{width:20px;height:20px;border-radius:4px;color:#111;font-size:.78rem;font-weight:700;
+text-align:center;line-height:20px}
+.right{color:var(--right)}.wrong{color:var(--wrong)}
+.search{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;
+margin:0 0 14px}
+.search .query{font-weight:600;margin:0 0 6px;overflow-wrap:anywhere}
+.row{display:grid;grid-template-columns:repeat(6,minmax(0,1fr));gap:8px;margin:2px 0 10px;
+max-width:900px}
+.tile{margin:0}
+.tile svg.picture{aspect-ratio:1;max-height:none;border:3px solid transparent;border-radius:7px}
+.tile.hit svg.picture{border-color:var(--right)}
+.tile.wanted svg.picture{border:3px dashed var(--right)}
+.tile figcaption{font-size:.76rem;color:var(--soft);line-height:1.25;margin-top:2px}
+details{margin:10px 0}summary{cursor:pointer;color:var(--soft)}
+pre{overflow-x:auto;background:var(--shade);border-radius:8px;padding:12px 14px;font-size:.8rem}
+footer{margin-top:48px;color:var(--soft);font-size:.85rem}
+@media (max-width:620px){main{padding:18px 14px 48px}.row{grid-template-columns:repeat(3,1fr)}
+dl.facts{grid-template-columns:1fr;gap:0}dl.facts dd{margin-bottom:7px}th,td{padding:5px 7px}
+td.name{white-space:normal;line-height:1.3}
+td small{display:block}thead th{white-space:normal}}
+"""
+
+# Told apart on photos and by colour-blind readers (Okabe and Ito 2008, less its black).
+COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7")
+
+_QUALITY = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A box to be drawn, and the text of its badge ("" for none)."""
+
+    box: Box
+    colour: str
+    badge: str = ""
+
+
+def jpeg_uri(image: Image.Image) -> str:
+    """The picture as a data URI."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def thumbnail(image: Image.Image, side: int) -> Image.Image:
+    """At most `side` pixels on the longer edge; never enlarged."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return small
+
+
+def picture(image: Image.Image, side: int, alt: str, marks: Sequence[Mark] = ()) -> Markup:
+    """The picture, with boxes drawn over it in pixels of the original."""
+    return _svg(image, side, alt, marks, (0.0, 0.0, float(image.width), float(image.height)))
+
+
+def cutout(image: Image.Image, box: Box, side: int, alt: str, colour: str) -> Markup:
+    """The square round a box, with as much of the picture about it as lets one see what it is."""
+    reach = max(1.6 * max(box[2] - box[0], box[3] - box[1]), 32.0)
+    reach = min(reach, float(max(image.size)))
+    window = []
+    for low, high, size in ((box[0], box[2], image.width), (box[1], box[3], image.height)):
+        length = min(reach, float(size))
+        start = min(max((low + high - length) / 2, 0.0), size - length)
+        window.append((start, start + length))
+    (x1, x2), (y1, y2) = window
+    return _svg(image, side, alt, [Mark(box, colour)], (x1, y1, x2, y2))
+
+
+def _svg(image: Image.Image, side: int, alt: str, marks: Sequence[Mark], window: Box) -> Markup:
+    """The window of the picture; boxes keep their line width at any size."""
+    cut = tuple(round(edge) for edge in window)
+    x1, y1, x2, y2 = cut[0], cut[1], max(cut[2], cut[0] + 1), max(cut[3], cut[1] + 1)
+    width, height = x2 - x1, y2 - y1
+    uri = jpeg_uri(thumbnail(image.crop((x1, y1, x2, y2)), side))
+    parts = [f'<image href="{uri}" x="{x1}" y="{y1}" width="{width}" height="{height}"/>']
+    font = max(width, height) / 17
+    for mark in marks:
+        left, top, right, bottom = mark.box
+        shape = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}"'
+        parts.append(f'<rect class="halo" {shape}/>')
+        parts.append(f'<rect class="box" stroke="{mark.colour}" {shape}/>')
+        if mark.badge:
+            x = min(max(left, x1), x2 - 1.3 * font)
+            y = min(max(top, y1), y2 - 1.3 * font)
+            parts.append(
+                f'<rect class="badge" fill="{mark.colour}" x="{x:.1f}" y="{y:.1f}" '
+                f'width="{1.3 * font:.1f}" height="{1.3 * font:.1f}"/>'
+                f'<text class="badge" font-size="{font:.1f}" x="{x + 0.65 * font:.1f}" '
+                f'y="{y + font:.1f}">{escape(mark.badge)}</text>'
+            )
+    return Markup(
+        f'<svg class="picture" viewBox="{x1} {y1} {width} {height}" role="img" '
+        f'aria-label="{escape(alt)}">{"".join(parts)}</svg>'
+    )
+
+
+def ticks(low: float, high: float, wanted: int, *, outwards: bool = False) -> list[float]:
+    """Round numbers from `low` to `high`, about as many as wanted; the step is 1, 2 or 5 · 10^n.
+
+    outwards: one more at either end where the range does not end on a round number.
+    """
+    if not high > low:
+        return [low, low + 1.0] if outwards else [low]
+    raw = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    down, up = (math.floor, math.ceil) if outwards else (math.ceil, math.floor)
+    shift = 1e-9 if outwards else -1e-9
+    first, last = down(low / step + shift), up(high / step - shift)
+    return [n * step for n in range(first, last + 1)] or [low, high]
+
+
+def label(value: float) -> str:
+    """Four digits, thousands as k and M, small numbers with an exponent."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.4g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:.4g}k"
+    if 0 < size < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+def render(template: str, parts: dict[str, Any]) -> str:
+    """The page: `parts` are the values that the template names."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render({"style": Markup(STYLE), **parts})
