@@ -198,8 +198,9 @@ class StageConfig:
 @dataclass(config=_STRICT, kw_only=True)
 class TrainingConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "32", "bf16"] = "32"
-    """bf16: matrix products in bf16, weights in fp32. auto: bf16 where the machine computes it fast, else 32."""
+    precision: Literal["auto", "32", "bf16", "64"] = "32"
+    """bf16: matrix products in bf16, weights in fp32. auto: bf16 where the machine computes it fast, else 32. 64: slow,
+    to tell a difference in what is computed from one of rounding."""
     threads: int | None = None
     """CPU threads; null: torch's choice."""
     sample_every: int = 500

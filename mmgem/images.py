@@ -38,12 +38,18 @@ class Preprocess:
         x, y = (width - side) / 2, (height - side) / 2
         return (x, y, x + side, y + side)
 
-    def __call__(self, image: Image.Image, window: Window | None = None, flip: bool = False) -> Tensor:
-        """picture -> 3 x size x size, float32. `flip` mirrors left and right after the cut."""
+    def __call__(
+        self, image: Image.Image, window: Window | None = None, flip: bool = False, *, rough: bool = False
+    ) -> Tensor:
+        """picture -> 3 x size x size, float32. `flip` mirrors left and right after the cut.
+
+        `rough`: a side of twice the size or more is first made smaller by whole steps, each the mean of its pixels.
+        """
         window = window or self.window(*image.size)
         resized = image if image.mode == "RGB" else image.convert("RGB")
         if resized.size != (self.size, self.size) or window != (0.0, 0.0, float(self.size), float(self.size)):
-            resized = resized.resize((self.size, self.size), Image.Resampling.BICUBIC, box=window)
+            gap = 1.0 if rough else None
+            resized = resized.resize((self.size, self.size), Image.Resampling.BICUBIC, window, reducing_gap=gap)
         if flip:
             resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self.normalise(resized)

@@ -1,4 +1,4 @@
-"""What the HTML pages share: their look, small pictures with boxes, and the ticks of an axis.
+"""What the HTML pages share: their look, small pictures with boxes, the frame of a chart and the ticks of its axes.
 
 Receives PIL pictures and boxes in their pixels, numbers, and a template with its values. Gives markup that needs no
 script, no other file and no network. Refuses nothing. Texts that are not Markup are escaped.
@@ -7,7 +7,7 @@ script, no other file and no network. Refuses nothing. Texts that are not Markup
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +165,43 @@ def _svg(image: Image.Image, side: int, alt: str, marks: Sequence[Mark], window:
         f'<svg class="picture" viewBox="{x1} {y1} {width} {height}" role="img" '
         f'aria-label="{escape(alt)}">{"".join(parts)}</svg>'
     )
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+Axis = Callable[[float], float]
+"""A value -> its place in the chart, in units of the SVG."""
+
+WIDTH, HEIGHT = 520, 290
+"""Of a chart; what is drawn lies between the margins."""
+LEFT, RIGHT, TOP, BOTTOM = 62, 20, 42, 40
+
+
+def chart(title: str, corner: str, alt: str, parts: Iterable[str]) -> Markup:
+    """One chart with its title on the left and `corner` on the right; `parts` are SVG."""
+    heading = (
+        f'<text class="title" x="{LEFT}" y="14">{escape(title)}</text>'
+        f'<text class="last" x="{WIDTH - RIGHT}" y="14">{escape(corner)}</text>'
+    )
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(alt)}">{heading}{"".join(parts)}</svg>'
+    )
+
+
+def axes(xticks: Sequence[float], yticks: Sequence[float], px: Axis, py: Axis, unit: str) -> list[str]:
+    """The grid, the ticks and their labels, and the unit of x, as SVG."""
+    bottom = HEIGHT - BOTTOM
+    parts = []
+    for y in yticks:
+        parts.append(f'<path class="grid" d="M{LEFT} {py(y):.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text class="y" x="{LEFT - 6}" y="{py(y) + 4:.1f}">{label(y)}</text>')
+    for x in xticks:
+        parts.append(f'<path class="tick" d="M{px(x):.1f} {bottom}v5"/>')
+        parts.append(f'<text class="x" x="{px(x):.1f}" y="{bottom + 18}">{label(x)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="x unit" x="{middle}" y="{HEIGHT - 4}">{escape(unit)}</text>')
+    return parts
 
 
 def ticks(low: float, high: float, wanted: int, *, outwards: bool = False) -> list[float]:

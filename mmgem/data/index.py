@@ -11,7 +11,8 @@ which is read when its shard is:
      "totals": {"samples", "captions", "regions", "images_without_captions"},
      "skipped": {reason: samples left out},  "dropped": {reason: captions, phrases, boxes left out}}
 members/000000.json …: {KEY: {ext: [offset, size]}}, in the order of the samples.
-broken.jsonl beside them names each sample that was left out: {"key", "shard", "reason", "detail"}.
+broken.jsonl beside them names each sample that was left out: {"key", "shard", "reason", "detail"}; `shard` is a path as
+in the index. A line without key is of a whole tar.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +35,12 @@ INDEX_NAME = "index.json"
 MEMBERS_FOLDER = "members"
 BROKEN_NAME = "broken.jsonl"
 SCHEMA = 2
+# Reasons in broken.jsonl that are of a whole tar; those of samples stand in `samples`.
+TAR_CUT = "tar cut short"
+TAR_DAMAGED = "damaged tar"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+_SHA256 = re.compile("[0-9a-f]{64}")  # files of a cache are named by it
 
 Members = Mapping[str, Mapping[str, Sequence[int]]]
 """KEY -> extension -> (offset, size) in the tar."""
@@ -91,6 +98,7 @@ def parse_index(content: bytes, name: str) -> Index:
         good = all(type(n) is int and 0 <= n < 1 << 62 for n in counts) and all(type(t) is str for t in texts)
         good = good and {"samples", "captions", "regions"} <= index.totals.keys()
         good = good and index.totals["samples"] == sum(s.samples for s in shards)
+        good = good and all(_SHA256.fullmatch(x) for s in shards for x in (s.sha256, s.members_sha256))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{name} is not an index: {error!r}; prepare the split again") from error
     if not good:
@@ -105,7 +113,7 @@ def read_index(split: Store) -> Index:
 
 def read_members(split: Store, shard: ShardEntry) -> ShardMembers:
     """The samples of a shard. Raises SampleError, for all of them, where the members file is damaged."""
-    content = split.read(shard.members)
+    content = split.read(shard.members, shard.members_sha256)
     if hashlib.sha256(content).hexdigest() != shard.members_sha256:
         raise SampleError("", "shard's members file changed", split.name(shard.members), shard=split.name(shard.path))
     members: Members = json.loads(content)
@@ -136,6 +144,12 @@ def write_index(split_dir: Path, index: Index) -> None:
         "dropped": index.dropped,
     }
     write_whole(split_dir / INDEX_NAME, json.dumps(tree, ensure_ascii=False, indent=1).encode())
+
+
+def broken_line(key: str, shard: str, reason: str, detail: str) -> bytes:
+    """A line of broken.jsonl."""
+    line = {"key": key, "shard": shard, "reason": reason, "detail": detail}
+    return json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def write_whole(path: Path, content: bytes) -> None:

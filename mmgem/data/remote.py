@@ -1,8 +1,8 @@
 """Files of URLs: fetched whole, tried again where the net fails, given up where it makes no sense.
 
-Receives URLs of any kind that fsspec knows (`s3://`, `gs://`, `hf://`, `https://` …). Gives their content. Refuses, with
-a UserError that names the URL: at once what is not there, is not allowed, or needs a package that is missing; after some
-tries what a broken connection, a time-out or a failing server (5xx, 429) has kept from coming.
+Receives URLs of any kind that fsspec knows (`s3://`, `gs://`, `hf://`, `https://` …). Gives their content. Refuses,
+with a UserError that names the URL: at once what is not there, is not allowed, or needs a package that is missing;
+after some tries what a broken connection, a time-out or a failing server (5xx, 429) has kept from coming.
 
 Settings of a service come as its own tools take them: credentials from the environment or its files, another S3 server
 by AWS_ENDPOINT_URL, a public bucket by FSSPEC_S3_ANON=true, a proxy by HTTPS_PROXY, a token for hf:// by HF_TOKEN.
@@ -11,10 +11,11 @@ by AWS_ENDPOINT_URL, a public bucket by FSSPEC_S3_ANON=true, a proxy by HTTPS_PR
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,7 +58,7 @@ class Remote:
 
     def read(self, url: str) -> bytes:
         """The whole of a small file. Raises UserError; NotThere where there is none."""
-        return self._try(url, lambda files, path: files.cat_file(path))
+        return self._try(url, lambda files, path: files.cat_file(path))  # pyright: ignore[reportReturnType]
 
     def download(self, url: str, target: Path, size: int | None = None) -> None:
         """Writes the file to `target`. Raises UserError; SampleError where it does not have `size` bytes: nothing is
@@ -98,7 +99,7 @@ class Remote:
                 if refusal := _refusal(url, error):
                     raise refusal from error
                 if number == tries - 1:
-                    last = one_line(error) or type(error).__name__
+                    last = _said(error)
                     raise UserError(
                         f"cannot read {url}, tried {tries} times: {last}; look at the connection and the server, then "
                         "run again"
@@ -115,8 +116,8 @@ class Remote:
         protocol = url.partition("://")[0]
         if protocol not in self._filesystems:
             made = filesystem(protocol, skip_instance_cache=True, **_options(protocol, self.timeout))
-            if protocol in ("s3", "s3a", "gs", "gcs"):
-                made.retries = 1  # pyright: ignore[reportAttributeAccessIssue]  # they are counted here
+            if protocol in ("s3", "s3a"):
+                made.retries = 1  # pyright: ignore[reportAttributeAccessIssue]  # tries are counted here
             self._filesystems.setdefault(protocol, made)
         return self._filesystems[protocol]
 
@@ -129,7 +130,11 @@ def _options(protocol: str, timeout: float) -> dict[str, Any]:
         limits = ClientTimeout(total=None, connect=timeout, sock_connect=timeout, sock_read=timeout)
         session = {"timeout": limits, "trust_env": True}
         if protocol in ("gs", "gcs"):
-            return {"session_kwargs": session}
+            # Its other kind of file system asks by gRPC what kind a bucket is, which no forked process may do. Each of
+            # the tries made here is several of its own, and it logs them.
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+            return {"session_kwargs": session, "requests_timeout": limits}
         # A tar that comes compressed has another length than it says.
         return {"client_kwargs": session, "headers": {"Accept-Encoding": "identity"}}
     if protocol in ("s3", "s3a"):
@@ -170,13 +175,14 @@ def _other_size(url: str, found: int, wanted: int) -> SampleError:
 
 def _refusal(url: str, error: BaseException) -> UserError | None:
     """What to tell the user where another try would not help."""
-    status, text = _status(error), one_line(error)
+    status, text = _status(error), _said(error)
     if isinstance(error, ImportError):
         protocol = url.partition("://")[0]
         how = f"pip install '{_PACKAGES[protocol]}'" if protocol in _PACKAGES else text
         return UserError(f"cannot read {url}: a package for {protocol}:// is missing: {how}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return UserError(f"cannot keep {url} on this machine: {error.strerror}; free some space or lower shard_cache_gb")
+        what = f"cannot keep {url} on this machine: {error.strerror}"
+        return UserError(f"{what}; free some space, or lower shard_cache_gb")
     if status in _TRANSIENT or (status is not None and status >= 500) or isinstance(error, TimeoutError):
         return None
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) or status in (404, 410):
@@ -189,20 +195,20 @@ def _refusal(url: str, error: BaseException) -> UserError | None:
     return None
 
 
+def _said(error: BaseException) -> str:
+    """In one line; servers say it in pages."""
+    return one_line(error)[:300] or type(error).__name__
+
+
 def _status(error: BaseException) -> int | None:
     """The HTTP status, which each library keeps elsewhere."""
-    for fault in _causes(error):
-        response = getattr(fault, "response", None)
-        if isinstance(response, dict):  # botocore
-            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        else:  # aiohttp; gcsfs; huggingface_hub
-            found = getattr(fault, "status", getattr(fault, "code", getattr(response, "status_code", None)))
-        if isinstance(found, int | str) and str(found).isdecimal() and 400 <= int(found) < 600:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(response := getattr(cause, "response", None), dict):  # botocore, which s3fs wraps
+            return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        cause = cause.__cause__
+    # aiohttp; gcsfs; huggingface_hub
+    for holder, name in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):
+        if str(found := getattr(holder, name, "")).isdecimal():
             return int(found)
     return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__

@@ -9,21 +9,24 @@ other bytes) makes a SampleError of each of its samples.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import mmap
 import os
+import tempfile
+import weakref
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmgem.data.index import BROKEN_NAME, INDEX_NAME, Index, ShardEntry, ShardMembers, read_index, read_members
+from mmgem.data.index import BROKEN_NAME, INDEX_NAME, Index, ShardMembers, read_index, read_members
 from mmgem.data.samples import Sample, SampleError, merge_texts, parse_captions, parse_sample
-from mmgem.data.store import LocalStore, Store, open_store
+from mmgem.data.store import LocalStore, Store, check_sha256, is_url, open_store
 from mmgem.errors import UserError
 
 _OPEN_SHARDS = 64  # per process; far below the usual limit of 1024 open files
@@ -32,14 +35,15 @@ _OPEN_SHARDS = 64  # per process; far below the usual limit of 1024 open files
 class ShardedDataset:
     """One split, read by offset. Cheap to pickle to a worker; opens files when it first reads.
 
-    `sizes` are the samples of each shard, `totals` the counts of the index, `checksum` tells splits apart. Its memory
-    does not grow with the number of samples, only with that of shards. `verify` compares the sha256 of each shard with
-    the index when it is first opened; a store that fetches shards has done so. Raises UserError as the module says.
+    `sizes` are the samples of each shard, `totals` the counts of the index, `checksum` tells splits apart, `remote` says
+    whether shards have to be fetched before they are read. Its memory does not grow with the number of samples, only
+    with that of shards. `verify` compares the sha256 of each shard with the index when it is first opened by any of the
+    processes that this dataset was sent to; those of URLs were compared when they were fetched. Raises UserError as the
+    module says.
     """
 
     def __init__(self, location: str | Path, *, store: Store | None = None, verify: bool = False) -> None:
         self.store = store or open_store(location)
-        self.verify = verify
         if isinstance(self.store, LocalStore):
             _refuse_no_index(self.store.root)
         index = read_index(self.store)
@@ -47,12 +51,14 @@ class ShardedDataset:
         self.totals = index.totals
         self.checksum = index.checksum
         self.shards = index.shards
+        self.remote = is_url(self.name) or any(is_url(shard.path) for shard in index.shards)
         self.sizes = np.asarray([shard.samples for shard in index.shards], dtype=np.int64)
         self._ends = np.cumsum(self.sizes)
         if isinstance(self.store, LocalStore):
             _refuse_missing_shards(self.store.root, index)
         self._opened: OrderedDict[int, tuple[FileIO, ShardMembers]] = OrderedDict()
         self._faults: dict[int, tuple[Any, ...]] = {}
+        self._found_good = _Flags(len(self.shards)) if verify else None
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -67,11 +73,6 @@ class ShardedDataset:
     @property
     def has_regions(self) -> bool:
         return self.totals["regions"] > 0
-
-    @property
-    def remote(self) -> bool:
-        """Whether shards have to be fetched before they are read."""
-        return not isinstance(self.store, LocalStore)
 
     def left_out(self) -> Iterator[dict[str, str]]:
         """What was left out of the index when it was made: {"key", "shard", "reason", "detail"}."""
@@ -121,7 +122,7 @@ class ShardedDataset:
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Says which shards will soon be read."""
-        self.store.prefetch([self.shards[shard] for shard in shards if shard not in self._opened])
+        self.store.prefetch([self.shards[shard] for shard in shards])
 
     def _meta(self, shard: int, row: int) -> dict[str, Any]:
         """The record's JSON, with the text of KEY.txt as caption where it has none."""
@@ -149,27 +150,60 @@ class ShardedDataset:
         entry = self.shards[shard]
         try:
             members = read_members(self.store, entry)
-            path = self.store.local(entry)
-            try:
-                file = FileIO(path)
-            except OSError as error:
-                raise UserError(f"cannot open shard {path}: {error}") from error
-            if self.verify:
-                _verify(file, entry, self.store.name(entry.path))
+            file = self.store.open(entry)
+            if self._found_good is not None and not is_url(name := self.store.name(entry.path)):
+                if not self._found_good[shard]:
+                    check_sha256(file, entry, name)
+                    self._found_good.set(shard)
         except SampleError as fault:
             self._faults[shard] = fault.args
             raise
+        # A store's cache may have taken files away: they use the disk until the last reader closes them.
+        for number in [n for n, (opened, _) in self._opened.items() if not os.fstat(opened.fileno()).st_nlink]:
+            del self._opened[number]
         self._opened[shard] = (file, members)
         if len(self._opened) > _OPEN_SHARDS:
             self._opened.popitem(last=False)  # closed with its last reader
         return self._opened[shard]
 
 
-def _verify(file: FileIO, entry: ShardEntry, name: str) -> None:
-    found = hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
-    if found != entry.sha256:
-        detail = f"sha256 {found[:12]}, its index says {entry.sha256[:12]}"
-        raise SampleError("", "shard has another checksum", detail, shard=name)
+class _Flags:
+    """A flag for each shard, shared by all processes that this is sent to or that fork: bytes of a file that they map.
+
+    It goes with the process that made it; in those that are left each has flags of its own.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        handle, self._path = tempfile.mkstemp(prefix="mmgem-flags-")
+        os.truncate(handle, max(1, count))  # nothing cannot be mapped
+        os.close(handle)
+        self._bytes: mmap.mmap | bytearray | None = None
+        weakref.finalize(self, _remove_own, self._path, os.getpid())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bytes": None}
+
+    def _mapped(self) -> mmap.mmap | bytearray:
+        if self._bytes is None:
+            try:
+                with open(self._path, "r+b") as file:
+                    self._bytes = mmap.mmap(file.fileno(), 0)
+            except OSError:
+                self._bytes = bytearray(self._count)
+        return self._bytes
+
+    def __getitem__(self, number: int) -> bool:
+        return bool(self._mapped()[number])
+
+    def set(self, number: int) -> None:
+        self._mapped()[number] = 1
+
+
+def _remove_own(path: str, process: int) -> None:
+    if process == os.getpid():
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def _refuse_no_index(split_dir: Path) -> None:
@@ -192,9 +226,14 @@ def _refuse_missing_shards(split_dir: Path, index: Index) -> None:
     listed: dict[str, set[str]] = {}
     for shard in index.shards:
         folder, name = os.path.split(os.path.join(split_dir, shard.path))
+        if is_url(shard.path):
+            continue
         if folder not in listed:
-            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listed[folder] and "://" not in shard.path:
+            try:
+                listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            except PermissionError as error:
+                raise UserError(f"cannot look for shards in {folder}: {error.strerror}") from error
+        if name not in listed[folder]:
             raise UserError(
                 f"shard {folder}/{name} is missing, {split_dir / INDEX_NAME} names it; copy or prepare it again"
             )

@@ -1,20 +1,54 @@
 """Indexes webdataset / img2dataset tars where they lie; no tar is written, moved or changed.
 
-Receives tars. Gives the index of a split that names them. Refuses a tar that is missing, compressed or broken.
+Receives tars: local files or URLs. Gives the index of a split that names them, and `broken.jsonl`, which names what
+was left out: a sample without picture, text or a readable head of its picture, with broken JSON, with a key seen
+before; and a tar that is cut or damaged, of which the samples before the fault are taken. Refuses a tar that is missing
+or compressed. What other files lie beside the tars, or beside a sample's in them, does not matter.
+
+Tars are read in parallel. Each leaves its members file and beside it, until the index is there, `000000.state`: an
+indexing that was stopped goes on where it was, with the tars that have not changed since.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import multiprocessing
 import os
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
+import signal
+import stat
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from braceexpand import braceexpand
 
-from mmgem.data.index import IMAGE_EXTENSIONS, INDEX_NAME, Index, ShardEntry, spans, write_index
+from mmgem.data.index import (
+    BROKEN_NAME,
+    IMAGE_EXTENSIONS,
+    INDEX_NAME,
+    MEMBERS_FOLDER,
+    Index,
+    ShardEntry,
+    broken_line,
+    write_index,
+    write_members,
+    write_whole,
+)
+from mmgem.data.remote import Remote
 from mmgem.data.samples import (
+    BROKEN_META,
     DUPLICATE_KEY,
+    IMAGE_TOO_LARGE,
     NO_IMAGE,
     Sample,
     SampleError,
@@ -24,8 +58,40 @@ from mmgem.data.samples import (
     merge_texts,
     parse_sample,
 )
-from mmgem.data.writer import BLOCK, MEMBER, Totals, padded, shard_entry
+from mmgem.data.store import is_url
+from mmgem.data.tar_members import compression, read_tar_members
+from mmgem.data.writer import Totals, shard_entry
 from mmgem.errors import UserError
+from mmgem.progress import Progress
+
+_MOST_IMAGE = 256 << 20  # bytes of a picture's file; of a record's texts
+_MOST_TEXT = 16 << 20
+_FEW = 4  # tars for which it does not pay to start processes
+
+Broken = tuple[str, str, str]
+"""Key, reason and detail."""
+
+
+def find_tars(source: str, remote: Remote | None = None) -> list[str]:
+    """The tars of a folder by name, one tar, or those of a pattern with braces; a path or a URL. Raises UserError."""
+    if "{" in source and not os.path.exists(source):
+        try:
+            return list(braceexpand(source))
+        except ValueError as error:
+            raise UserError(f"{source}: {error}; write {{00000..00099}} or {{train,val}}") from error
+    if source.endswith(".tar") if is_url(source) else os.path.isfile(source):
+        return [source]
+    if is_url(source):
+        found = (remote or Remote()).listing(source, ".tar")
+    elif os.path.isdir(source):
+        found = sorted(str(path) for path in Path(source).glob("*.tar"))
+    else:
+        raise UserError(f"no such folder: {source}; it should have the tars of img2dataset")
+    if not found:
+        packed = "" if is_url(source) else ", ".join(sorted(path.name for path in Path(source).glob("*.t*gz"))[:3])
+        hint = f"{packed} must be unpacked first (gunzip)" if packed else "name the folder that img2dataset wrote to"
+        raise UserError(f"no .tar in {source}: {hint}")
+    return found
 
 
 def index_tars(
@@ -34,95 +100,298 @@ def index_tars(
     *,
     decode: bool = False,
     overwrite: bool = False,
+    processes: int | None = None,
     tally: Tally | None = None,
-    on_shard: Callable[[int, int], None] | None = None,
+    check: Callable[[Tally, int], None] | None = None,
+    remote: Remote | None = None,
 ) -> Index:
-    """Indexes webdataset / img2dataset tars where they lie and returns the index.
+    """Indexes tars, local or of URLs, and returns the index, which it writes to the folder `split_dir`.
 
-    Samples without readable head of picture, without text or with a key seen before are left out
-    of the index and counted in `tally`; `decode=True` decodes every picture to be sure. `on_shard`
-    is told (samples read, samples kept) of each tar. Raises UserError for a tar that is missing,
-    compressed or broken.
+    `decode` decodes every picture, where else its head is read. `processes` read tars (default: one a CPU). What is
+    left out is counted in `tally` and named in `broken.jsonl`; `check` is told the tally and how many samples were
+    found before the index is written, and may refuse by a UserError. Raises UserError as the module says, where there
+    is an index (unless `overwrite` is set), and where no sample is left.
     """
-    split_dir, tally = Path(split_dir), tally or Tally()
-    paths = [Path(tar) for tar in tars]
-    if not paths:
+    split_dir, tally, names = Path(split_dir), tally or Tally(), [str(tar) for tar in tars]
+    if not names:
         raise UserError(f"no tars to index for {split_dir}: name at least one")
-    index_path = split_dir / INDEX_NAME
-    if index_path.exists() and not overwrite:
-        raise UserError(f"{index_path} exists: choose another --out, or give --overwrite")
-    split_dir.mkdir(parents=True, exist_ok=True)
-    shards: list[ShardEntry] = []
-    totals, seen = Totals(), set[str]()
-    for path in paths:
-        members, read = {}, 0
-        for key, files, sample in _scan(path, tally, seen, decode):
-            read += 1
-            if sample is not None:
-                members[key] = files
-                totals.add(sample)
-        shards.append(shard_entry(split_dir, len(shards), _stored_path(path, split_dir), path, members))
-        if on_shard is not None:
-            on_shard(read, len(members))
+    _prepare_folder(split_dir, overwrite)
+    jobs = [_Job(n, name, _stored_path(name, split_dir), split_dir, decode, remote) for n, name in enumerate(names)]
+    totals, read, entries, hashes = Totals(), 0, list[ShardEntry | None](), list[np.ndarray]()
+    partial = split_dir / f".{BROKEN_NAME}.partial"
+    with _writing(split_dir), partial.open("wb") as named, Progress("indexing", len(jobs), "tars") as progress:
+
+        def leave_out(job: _Job, broken: Iterable[Broken]) -> None:
+            for key, reason, detail in broken:
+                named.write(broken_line(key, job.stored, reason, detail))
+                tally.skip(SampleError(key or job.stored, reason, detail))
+
+        for job, result in zip(jobs, _results(jobs, processes), strict=True):
+            leave_out(job, result.broken)
+            tally.dropped.update(result.dropped)
+            _add(totals, result.totals)
+            read += result.read
+            entries.append(result.entry)
+            hashes.append(result.hashes)
+            progress.note = f"{read} samples, {read / (time.monotonic() - progress.start):.0f}/s"
+            progress.advance()
+        for number, keys in _second_ones(split_dir, entries, hashes):
+            entries[number] = _without(split_dir, jobs[number], entries[number], keys, totals)
+            leave_out(jobs[number], ((key, DUPLICATE_KEY, "in an earlier tar") for key in keys))
+    os.replace(partial, split_dir / BROKEN_NAME)
+    if not tally.skipped:
+        (split_dir / BROKEN_NAME).unlink()
+    if check is not None:
+        check(tally, read)
+    shards = [entry for entry in entries if entry is not None and entry.samples]
+    if not shards:
+        raise UserError(f"no sample that can be used in the tars: {split_dir / BROKEN_NAME} says why")
     index = Index(shards, dict(vars(totals)), dict(tally.skipped), dict(tally.dropped))
     write_index(split_dir, index)
+    kept = {shard.members for shard in shards}
+    for path in (split_dir / MEMBERS_FOLDER).iterdir():
+        if f"{MEMBERS_FOLDER}/{path.name}" not in kept:
+            path.unlink()
     return index
 
 
-def _scan(
-    path: Path, tally: Tally, seen: set[str], decode: bool
-) -> Iterator[tuple[str, dict[str, list[int]], Sample | None]]:
-    """The records of a tar: key, members, and the sample, or None where it was skipped."""
-    grouped = _members_of(path)
-    with path.open("rb") as file:
-        for key, members in grouped.items():
-            image, *texts = (
-                os.pread(file.fileno(), size, offset) if offset >= 0 else b""
-                for offset, size in np.reshape(spans(members), (3, 2)).tolist()
-            )
-            sample = None
+@dataclass(frozen=True)
+class _Job:
+    number: int
+    tar: str
+    stored: str
+    split_dir: Path
+    decode: bool
+    remote: Remote | None
+
+    @property
+    def state(self) -> Path:
+        return self.split_dir / MEMBERS_FOLDER / f"{self.number:06d}.state"
+
+
+@dataclass
+class _Result:
+    """What a tar holds. `hashes`: of its keys, in order. `counts`: captions and regions of each."""
+
+    entry: ShardEntry | None
+    read: int
+    totals: dict[str, int]
+    dropped: dict[str, int]
+    broken: list[Broken]
+    counts: list[tuple[int, int]]
+    hashes: np.ndarray
+
+
+def _results(jobs: Sequence[_Job], processes: int | None) -> Iterator[_Result]:
+    """In the order of the jobs."""
+    workers = min(processes or os.cpu_count() or 1, len(jobs) // _FEW)
+    if workers < 2:
+        yield from map(_index_tar, jobs)
+        return
+    # spawn: forking a process that has threads (torch starts them) can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+        try:
+            yield from pool.map(_index_tar, jobs)
+        except BrokenProcessPool as error:
+            fewer = "run again with fewer --processes, it goes on where it was"
+            raise UserError(f"a process that read tars was killed, perhaps for its memory: {fewer}") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Ctrl-C is the parent's, and a worker ends when its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_it() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
+
+
+def _index_tar(job: _Job) -> _Result:
+    """Raises UserError."""
+    remote = job.remote or Remote()
+    try:
+        if is_url(job.tar):
+            mark = remote.mark(job.tar)
+        else:
+            found = os.stat(job.tar)
+            if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for its other end
+                raise UserError(f"{job.tar} is no file: name a tar, or a folder of tars")
+            mark = f"{found.st_size} {found.st_mtime_ns}"
+        asked = {"tar": job.stored, "mark": mark, "decode": job.decode}
+        if (result := _finished(job, asked)) is not None:
+            return result
+        if not is_url(job.tar):
+            return _save(job, asked, _scan(job, Path(job.tar)))
+        fetched = job.split_dir / MEMBERS_FOLDER / f"{job.number:06d}.tar"
+        try:
+            remote.download(job.tar, fetched)
+            return _save(job, asked, _scan(job, fetched))
+        finally:
+            fetched.unlink(missing_ok=True)
+    except FileNotFoundError as error:
+        raise UserError(f"no such tar: {job.tar}") from error
+    except OSError as error:
+        raise UserError(f"cannot index {job.tar}: {error.strerror or error}") from error
+
+
+def _finished(job: _Job, asked: dict[str, Any]) -> _Result | None:
+    """What an earlier run has found, if the tar, what was asked, and the members file are still the same."""
+    try:
+        state = json.loads(job.state.read_bytes())
+        if state.pop("asked") != asked:
+            return None
+        entry = None if state["entry"] is None else ShardEntry(**state.pop("entry"))
+        members = {} if entry is None else _members_of(job.split_dir, entry)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return _Result(**{**state, "entry": entry, "counts": [], "hashes": _hashes(members)})
+
+
+def _save(job: _Job, asked: dict[str, Any], result: _Result) -> _Result:
+    state = {name: value for name, value in vars(result).items() if name != "hashes"}
+    state["entry"] = None if result.entry is None else asdict(result.entry)
+    write_whole(job.state, json.dumps({"asked": asked, **state}).encode())
+    return replace(result, counts=[])  # needed later by few tars
+
+
+def _scan(job: _Job, path: Path) -> _Result:
+    with FileIO(path) as file:
+        if packed := compression(os.pread(file.fileno(), 8, 0)):
+            raise UserError(f"{job.tar} is compressed ({packed}), its samples cannot be found: unpack it first")
+        found = read_tar_members(file.fileno())
+        broken: list[Broken] = []
+        for key, times in found.repeated.items():
+            broken += [(key, DUPLICATE_KEY, "again in its tar")] * times
+        dropped: Counter[str] = Counter()
+        members, totals, counts = {}, Totals(), []
+        for key, files in found.files.items():
             try:
-                if key in seen:
-                    raise SampleError(key, DUPLICATE_KEY, str(path))
-                seen.add(key)
-                if not any(extension in members for extension in IMAGE_EXTENSIONS):
-                    raise SampleError(key, NO_IMAGE, f"only {', '.join(members)}")
-                image_size(key, image)
-                sample = parse_sample(key, image, merge_texts(key, *texts), tally.dropped)
-                if decode:
+                sample = _sample(file.fileno(), key, files, dropped)
+                if job.decode:
                     decode_image(sample)
             except SampleError as error:
-                tally.skip(error)
-                sample = None
-            yield key, members, sample
+                broken.append((key, error.reason, error.detail))
+                continue
+            members[key] = _needed(files)
+            totals.add(sample)
+            counts.append((len(sample.captions), len(sample.regions)))
+    if found.fault is not None:
+        broken.append(("", *found.fault))
+    entry = shard_entry(job.split_dir, job.number, job.stored, path, members) if members else None
+    read = len(found.files) + sum(found.repeated.values())
+    return _Result(entry, read, dict(vars(totals)), dict(dropped), broken, counts, _hashes(members))
 
 
-def _members_of(path: Path) -> dict[str, dict[str, list[int]]]:
-    """Key → extension → [offset, size] of a whole, uncompressed tar. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"no such tar: {path}")
-    size, end = path.stat().st_size, 0
-    members: dict[str, dict[str, list[int]]] = {}
+def _sample(handle: int, key: str, files: dict[str, list[int]], dropped: Counter[str]) -> Sample:
+    """Raises SampleError."""
+    needed = _needed(files)
+    if not needed.keys() & set(IMAGE_EXTENSIONS):
+        raise SampleError(key, NO_IMAGE, f"only {', '.join(files)}")
+    contents = {}
+    for extension, (offset, size) in needed.items():
+        most, reason = (_MOST_TEXT, BROKEN_META) if extension in ("json", "txt") else (_MOST_IMAGE, IMAGE_TOO_LARGE)
+        if size > most:
+            raise SampleError(key, reason, f"{extension}: {size} bytes")
+        contents[extension] = os.pread(handle, size, offset)
+    image = next(contents[e] for e in IMAGE_EXTENSIONS if e in contents)
+    image_size(key, image)
+    return parse_sample(key, image, merge_texts(key, contents.get("json", b""), contents.get("txt", b"")), dropped)
+
+
+def _needed(files: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The one picture and the texts of a sample."""
+    images = [extension for extension in IMAGE_EXTENSIONS if extension in files]
+    return {e: files[e] for e in (*images[:1], "json", "txt") if e in files}
+
+
+def _hashes(keys: Iterable[str]) -> np.ndarray:
+    """64 bits a key: what is kept of all keys of a split, to find those that come again."""
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(digests, dtype=np.uint64)
+
+
+def _second_ones(
+    split_dir: Path, entries: Sequence[ShardEntry | None], hashes: Sequence[np.ndarray]
+) -> Iterator[tuple[int, list[str]]]:
+    """Of each shard with such: the keys that an earlier one has."""
+    repeated = []
+    for part in range(16):  # so that the sorted copy of the hashes is small
+        some = np.sort(np.concatenate([shard[shard >> np.uint64(60) == part] for shard in hashes]))
+        repeated.append(some[1:][some[1:] == some[:-1]])
+    repeated = np.concatenate(repeated)
+    seen: set[str] = set()
+    for number, entry in enumerate(entries):
+        candidates = np.flatnonzero(np.isin(hashes[number], repeated))
+        if entry is None or not len(candidates):
+            continue
+        keys = list(_members_of(split_dir, entry))
+        candidates = [keys[i] for i in candidates.tolist()]
+        again = [key for key in candidates if key in seen]
+        seen.update(candidates)
+        if again:
+            yield number, again
+
+
+def _without(split_dir: Path, job: _Job, entry: ShardEntry | None, keys: list[str], totals: Totals) -> ShardEntry:
+    """The shard's entry and members file without these samples, which are also taken from the totals."""
+    assert entry is not None
+    members = _members_of(split_dir, entry)
+    counts = dict(zip(members, json.loads(job.state.read_bytes())["counts"], strict=True))
+    for key in keys:
+        captions, regions = counts[key]
+        _add(totals, {"samples": -1, "captions": -captions, "regions": -regions})
+        _add(totals, {"images_without_captions": -(not captions)})
+        del members[key]
+    place, checksum = write_members(split_dir, job.number, members)
+    return replace(entry, samples=len(members), members=place, members_sha256=checksum)
+
+
+def _add(totals: Totals, more: dict[str, int]) -> None:
+    for name, count in more.items():
+        setattr(totals, name, getattr(totals, name) + count)
+
+
+def _members_of(split_dir: Path, entry: ShardEntry) -> dict[str, Any]:
+    """Raises OSError, and ValueError where the file is not the entry's."""
+    content = (split_dir / entry.members).read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry.members_sha256:
+        raise ValueError(entry.members)
+    return json.loads(content)
+
+
+def _prepare_folder(split_dir: Path, overwrite: bool) -> None:
+    """Raises UserError."""
+    if is_url(str(split_dir)):
+        raise UserError(f"{split_dir}: an index is written to a folder of this machine; name one with --out")
+    index_path = split_dir / INDEX_NAME
+    with _writing(split_dir):
+        if index_path.exists():
+            if not overwrite:
+                raise UserError(f"{index_path} exists: choose another --out, or give --overwrite")
+            index_path.unlink()  # its members files will be others
+        (split_dir / MEMBERS_FOLDER).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _writing(split_dir: Path) -> Iterator[None]:
     try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                end = max(end, info.offset_data + padded(info.size if info.isreg() else 0))
-                match = MEMBER.match(info.name.removeprefix("./"))
-                if info.isreg() and match:
-                    files = members.setdefault(match[1], {})
-                    files.setdefault(match[2].lower(), [info.offset_data, info.size])
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"broken tar: {path}: {error}; fetch or write it again") from error
-    # tarfile takes a damaged header for the end of the archive: look for the real end mark.
-    with path.open("rb") as file:
-        if end + BLOCK > size or os.pread(file.fileno(), BLOCK, end).strip(b"\0"):
-            raise UserError(f"broken tar: {path}: it ends before its end; fetch or write it again")
-    return members
+        yield
+    except OSError as error:
+        what = f"cannot write to {split_dir}: {error.strerror or error}"
+        raise UserError(f"{what}; choose another folder with --out") from error
 
 
-def _stored_path(path: Path, split_dir: Path) -> str:
-    """Relative where the tar lies in the data set of the split, so that both can move."""
-    path, dataset = path.resolve(), split_dir.resolve().parent
-    if path.is_relative_to(dataset):
-        return os.path.relpath(path, split_dir.resolve())
-    return str(path)
+def _stored_path(tar: str, split_dir: Path) -> str:
+    """Relative where the tar lies in the data set of the split, so that both can move; a link stays a link."""
+    if is_url(tar):
+        return tar
+    folder, name = Path(tar).parent.resolve(), Path(tar).name
+    home = split_dir.resolve()
+    return os.path.relpath(folder / name, home) if folder.is_relative_to(home.parent) else str(folder / name)

@@ -7,7 +7,7 @@ boxes their shares of it. Boxes of which less than half is left are dropped, sin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
@@ -30,12 +30,15 @@ class View:
 
     def picture(self, image: Image.Image, preprocess: Preprocess) -> Tensor:
         """-> 3 x S x S, normalised."""
+        return preprocess(self.recoloured(image), self.window, self.flip)
+
+    def recoloured(self, image: Image.Image) -> Image.Image:
         if self.color != (1.0, 1.0, 1.0):
             for enhance, factor in zip(
                 (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), self.color, strict=True
             ):
                 image = enhance(image).enhance(factor)
-        return preprocess(image, self.window, self.flip)
+        return image
 
     def boxes(self, boxes: Sequence[Sequence[float]]) -> tuple[Tensor, list[int]]:
         """Boxes in pixels -> their shares of the view, and the numbers of those kept."""
@@ -44,16 +47,18 @@ class View:
 
 
 def view_picture(opened: OpenedPicture, view: View, preprocess: Preprocess, *, scaled: bool) -> Tensor:
-    """-> 3 x S x S, normalised. `scaled`: a JPEG may be decoded smaller, as long as the window keeps S pixels a side.
+    """-> 3 x S x S, normalised: of the full picture `view.picture(opened.decode(), preprocess)`, or faster.
 
-    The view is of the picture's full size, `opened.size`. Raises SampleError.
+    `scaled`: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the window still has S pixels a side, and what is
+    left to shrink by whole steps is averaged. `view.window` is in pixels of the full picture, whose size is
+    `opened.size`, all the same. Raises SampleError.
     """
     needed = None
     if scaled:
         (width, height), (x1, y1, x2, y2) = opened.size, view.window
         needed = ceil(preprocess.size * width / (x2 - x1)), ceil(preprocess.size * height / (y2 - y1))
-    image = opened.decode(needed)
-    return replace(view, window=opened.place(view.window)).picture(image, preprocess)
+    image = view.recoloured(opened.decode(needed))
+    return preprocess(image, opened.place(view.window), view.flip, rough=scaled)
 
 
 def plain_view(preprocess: Preprocess, width: int, height: int) -> View:

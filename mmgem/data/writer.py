@@ -1,6 +1,6 @@
 """Writes samples into numbered tars, and their index.
 
-Receives samples. Gives `shard-000000.tar …`, `members/` and `index.json`. Refuses a folder that already holds a split
+Receives samples. Gives `shard-000000.tar …`, `members/` and `index.json`; one shard at a time with `ShardFile`. Refuses a folder that already holds a split
 (unless told to overwrite), a key that no tar can hold or that was written before, and a picture of another format.
 """
 
@@ -12,6 +12,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -35,8 +36,63 @@ BLOCK = 512
 # webdataset's own rule: the key ends at the first dot of the last part of the path.
 MEMBER = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")
 
-_SHARD_NAME = "shard-{:06d}.tar"
+UNFINISHED = "unfinished"
+"""The folder in a split that keeps, until the index is there, what `mmgem data prepare` goes on from."""
+
 _OWN_FILE = re.compile(rf"\.?(shard-\d{{6}}\.tar|{re.escape(INDEX_NAME)}|{re.escape(BROKEN_NAME)})(\.partial)?")
+
+
+class ShardFile:
+    """One shard while it is written, as `.shard-000003.tar.partial`: `finish` gives it its name, `discard` takes it away.
+
+    The same samples give the same bytes. A finished shard is on the disk, not only in the system's memory.
+    """
+
+    def __init__(self, split_dir: Path, number: int) -> None:
+        self.totals = Totals()
+        self._split_dir, self._number = split_dir, number
+        self._path = shard_path(split_dir, number)
+        self._partial = self._path.with_name(f".{self._path.name}.partial")
+        self._members: dict[str, dict[str, list[int]]] = {}
+        self._file = self._partial.open("wb", buffering=1 << 20)
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def add(self, sample: Sample) -> None:
+        """Appends one sample. Raises ValueError for a key that a tar of webdataset cannot hold, a key that the shard
+        has, and a picture that is not JPEG, PNG or WebP."""
+        match = MEMBER.match(f"{sample.key}.json")
+        unsafe = sample.key.startswith("/") or ".." in sample.key.split("/")
+        if match is None or match[1] != sample.key or unsafe:
+            raise ValueError(f"not a key: {sample.key!r}")
+        if sample.key in self._members:
+            raise ValueError(f"key {sample.key!r} was written before")
+        extension = image_extension(sample.image)
+        if extension is None:
+            raise ValueError(f"sample {sample.key}: the picture is not JPEG, PNG or WebP")
+        record = json.dumps(record_of(sample), ensure_ascii=False, separators=(",", ":"))
+        self._members[sample.key] = {
+            extension: _add(self._tar, f"{sample.key}.{extension}", sample.image),
+            "json": _add(self._tar, f"{sample.key}.json", record.encode()),
+        }
+        self.totals.add(sample)
+
+    def finish(self) -> ShardEntry:
+        """Closes it, writes its members file and gives its entry of the index."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        entry = shard_entry(self._split_dir, self._number, self._path.name, self._partial, self._members)
+        os.replace(self._partial, self._path)
+        return entry
+
+    def discard(self) -> None:
+        with suppress(OSError):  # the buffer that a full disk has refused is refused again
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
 
 
 class ShardWriter:
@@ -57,8 +113,7 @@ class ShardWriter:
         self._shards: list[ShardEntry] = []
         self._totals = Totals()
         self._keys: set[str] = set()
-        self._tar: tarfile.TarFile | None = None
-        self._members: dict[str, dict[str, list[int]]] = {}
+        self._open: ShardFile | None = None
         check_split_dir(self.split_dir, overwrite=overwrite)
         self.split_dir.mkdir(parents=True, exist_ok=True)
         remove_split(self.split_dir)
@@ -89,58 +144,43 @@ class ShardWriter:
         return dict(vars(self._totals))
 
     def write(self, sample: Sample) -> None:
-        """Appends one sample. Raises ValueError for a key that a tar of webdataset cannot hold,
-        a key written before, and a picture that is not JPEG, PNG or WebP."""
-        match = MEMBER.match(f"{sample.key}.json")
-        unsafe = sample.key.startswith("/") or ".." in sample.key.split("/")
-        if match is None or match[1] != sample.key or unsafe:
-            raise ValueError(f"not a key: {sample.key!r}")
+        """Appends one sample. Raises ValueError as `ShardFile.add` does, and for a key of any shard before."""
         if sample.key in self._keys:
             raise ValueError(f"key {sample.key!r} was written before")
-        extension = image_extension(sample.image)
-        if extension is None:
-            raise ValueError(f"sample {sample.key}: the picture is not JPEG, PNG or WebP")
-        record = json.dumps(record_of(sample), ensure_ascii=False, separators=(",", ":"))
-        if self._tar is None:
-            self._tar = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)
-        self._members[sample.key] = {
-            extension: _add(self._tar, f"{sample.key}.{extension}", sample.image),
-            "json": _add(self._tar, f"{sample.key}.json", record.encode()),
-        }
+        if self._open is None:
+            self._open = ShardFile(self.split_dir, len(self._shards))
+        self._open.add(sample)
         self._keys.add(sample.key)
         self._totals.add(sample)
-        if len(self._members) == self.shard_size:
+        if len(self._open) == self.shard_size:
             self._finish_shard()
 
     def _discard(self) -> None:
         """Takes away whatever this writer has written."""
-        if self._tar is not None:
-            self._tar.close()
+        if self._open is not None:
+            self._open.discard()
         remove_split(self.split_dir)
 
-    @property
-    def _partial(self) -> Path:
-        return self.split_dir / f".{_SHARD_NAME.format(len(self._shards))}.partial"
-
     def _finish_shard(self) -> None:
-        if self._tar is None:
-            return
-        self._tar.close()
-        self._tar = None
-        number = len(self._shards)
-        name = _SHARD_NAME.format(number)
-        entry = shard_entry(self.split_dir, number, name, self._partial, self._members)
-        os.replace(self._partial, self.split_dir / name)
-        self._shards.append(entry)
-        self._members = {}
+        if self._open is not None and len(self._open):
+            self._shards.append(self._open.finish())
+        elif self._open is not None:  # its first sample was refused
+            self._open.discard()
+        self._open = None
+
+
+def shard_path(split_dir: Path, number: int) -> Path:
+    return split_dir / f"shard-{number:06d}.tar"
 
 
 def remove_split(split_dir: Path) -> None:
     """Takes away a split that a writer made, whole or not; other files are not ours."""
+    (split_dir / INDEX_NAME).unlink(missing_ok=True)  # first: what is half gone must not look whole
     for path in split_dir.iterdir():
         if _OWN_FILE.fullmatch(path.name):
             path.unlink()
-    shutil.rmtree(split_dir / MEMBERS_FOLDER, ignore_errors=True)
+    for folder in (MEMBERS_FOLDER, UNFINISHED):
+        shutil.rmtree(split_dir / folder, ignore_errors=True)
 
 
 def check_split_dir(split_dir: Path, *, overwrite: bool) -> None:

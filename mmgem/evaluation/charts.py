@@ -8,7 +8,6 @@ left out, and so is a last line cut short by a crash. Refuses nothing: no log, n
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
-from mmgem.page import label, ticks
+from mmgem.page import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, axes, chart, label, ticks
 
 QUANTITIES = {
     "loss": "Loss",
@@ -29,10 +28,6 @@ QUANTITIES = {
     "samples_per_s": "Samples per second",
 }
 
-Axis = Callable[[float], float]
-
-_WIDTH, _HEIGHT = 520, 290
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 20, 42, 40
 _MAX_POINTS = 400  # more than a chart of this width can show
 
 
@@ -123,50 +118,35 @@ def _chart(title: str, log: Log, values: NDArray[np.float64]) -> Markup:
     x_end = max(float(log.x[-1]), 1.0)
 
     def px(x: float) -> float:
-        return _LEFT + x / x_end * (_WIDTH - _LEFT - _RIGHT)
+        return LEFT + x / x_end * (WIDTH - LEFT - RIGHT)
 
     def py(y: float) -> float:
         share = (min(max(y, low), high) - low) / (high - low)
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
 
-    parts = _frame(log, xticks, yticks, px, py)
+    parts = [*_stages(log, px), *axes(xticks, yticks, px, py, "step")]
     for rows in curves:
         for kind, line in (("raw", values), ("smooth", smooth)):
             points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in _thinned(log.x, line, rows))
             parts.append(f'<polyline class="{kind}" points="{points}"/>')
     final = smooth[np.isfinite(smooth)][-1]
-    heading = (
-        f'<text class="title" x="{_LEFT}" y="14">{escape(title)}</text>'
-        f'<text class="last" x="{_WIDTH - _RIGHT}" y="14">last {label(float(final))}</text>'
-    )
-    return Markup(
-        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(title)} over the steps of training">{heading}{"".join(parts)}</svg>'
-    )
+    alt = f"{title} over the steps of training"
+    return chart(title, f"last {label(float(final))}", alt, parts)
 
 
-def _frame(log: Log, xticks: list[float], yticks: list[float], px: Axis, py: Axis) -> list[str]:
-    """Stages, grid, ticks and their labels."""
-    bottom = _HEIGHT - _BOTTOM
+def _stages(log: Log, px: Axis) -> list[str]:
+    """Their shades and names."""
     parts = []
     for number, span in enumerate(log.spans):
         left = px(span.start) if number else px(0)
         width = px(span.stop) - left
         parts.append(
-            f'<rect class="stage{number % 2}" x="{left:.1f}" y="{_TOP}" '
-            f'width="{max(width, 0):.1f}" height="{bottom - _TOP}"/>'
+            f'<rect class="stage{number % 2}" x="{left:.1f}" y="{TOP}" '
+            f'width="{max(width, 0):.1f}" height="{HEIGHT - BOTTOM - TOP}"/>'
         )
-        name = f'<text class="stage" x="{left + 2:.1f}" y="{_TOP - 7}">{escape(span.name)}</text>'
+        name = f'<text class="stage" x="{left + 2:.1f}" y="{TOP - 7}">{escape(span.name)}</text>'
         if width > 7 * len(span.name) + 4:
             parts.append(name)
-    for y in yticks:
-        parts.append(f'<path class="grid" d="M{_LEFT} {py(y):.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text class="y" x="{_LEFT - 6}" y="{py(y) + 4:.1f}">{label(y)}</text>')
-    for x in xticks:
-        parts.append(f'<path class="tick" d="M{px(x):.1f} {bottom}v5"/>')
-        parts.append(f'<text class="x" x="{px(x):.1f}" y="{bottom + 18}">{label(x)}</text>')
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text class="x unit" x="{middle}" y="{_HEIGHT - 4}">step</text>')
     return parts
 
 

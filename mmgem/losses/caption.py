@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmgem.losses.gather import ranks, sum_over_ranks
+from mmgem.precision import at_least_fp32
 
 
 def caption_loss(logits_TV: Tensor, labels_T: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -20,7 +21,7 @@ def caption_loss(logits_TV: Tensor, labels_T: Tensor, label_smoothing: float = 0
     if ranks() == 1:
         if len(labels_T) == 0:
             return logits_TV.sum() * 0.0
-        return F.cross_entropy(logits_TV.float(), labels_T, label_smoothing=label_smoothing)
+        return F.cross_entropy(at_least_fp32(logits_TV), labels_T, label_smoothing=label_smoothing)
     tokens = sum_over_ranks(labels_T.new_tensor(len(labels_T)))
-    total = F.cross_entropy(logits_TV.float(), labels_T, label_smoothing=label_smoothing, reduction="sum")
+    total = F.cross_entropy(at_least_fp32(logits_TV), labels_T, label_smoothing=label_smoothing, reduction="sum")
     return total * (ranks() / tokens.clamp(min=1))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmgem.losses.gather import gather_rows
+from mmgem.precision import at_least_fp32
 
 
 def contrastive_loss(
@@ -58,8 +59,8 @@ def info_nce(x_NE: Tensor, y_ME: Tensor, positive_NM: Tensor, logit_scale: Tenso
     not count; without any, the loss is 0.
     """
     with torch.autocast(x_NE.device.type, enabled=False):
-        x_NE, y_ME = F.normalize(x_NE.float(), dim=-1), F.normalize(y_ME.float(), dim=-1)
-        score_NM = logit_scale.float().exp() * x_NE @ y_ME.T
+        x_NE, y_ME = F.normalize(at_least_fp32(x_NE), dim=-1), F.normalize(at_least_fp32(y_ME), dim=-1)
+        score_NM = at_least_fp32(logit_scale).exp() * x_NE @ y_ME.T
         return _one_way(score_NM, positive_NM) + _one_way(score_NM.T, positive_NM.T)
 
 

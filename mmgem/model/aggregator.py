@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from mmgem.precision import at_least_fp32
+
 
 class PoolAggregator(nn.Module):
     """Mean, RoIAlign (He et al. 2017, with the half-pixel shift: `aligned=True`), or the map's own places.
@@ -34,8 +36,8 @@ class PoolAggregator(nn.Module):
             raise ValueError(f"boxes_R4 must be R x 4, not {tuple(boxes_R4.shape)}")
         weights_RN = self._place_weights(boxes_R4, *map_BCHW.shape[-2:])
         with torch.autocast(map_BCHW.device.type, enabled=False):
-            map_BNC = map_BCHW.float().flatten(2).transpose(1, 2)
-            return _pool_per_image(weights_RN, map_BNC, image_R).to(map_BCHW.dtype)
+            map_BNC = at_least_fp32(map_BCHW).flatten(2).transpose(1, 2)
+            return _pool_per_image(weights_RN.to(map_BNC.dtype), map_BNC, image_R).to(map_BCHW.dtype)
 
     def _place_weights(self, boxes_R4: Tensor, height: int, width: int) -> Tensor:
         """What RoIAlign adds up for each box: R x (H * W), the weight of each place of the map.
@@ -44,8 +46,8 @@ class PoolAggregator(nn.Module):
         Both are read off by pooling maps that are 1 in a single row or column, which is far less work, forward and
         backward, than pooling all channels.
         """
-        rows_HHW = torch.eye(height, device=boxes_R4.device)[:, :, None].expand(-1, -1, width)
-        columns_WHW = torch.eye(width, device=boxes_R4.device)[:, None, :].expand(-1, height, -1)
+        rows_HHW = torch.eye(height, device=boxes_R4.device, dtype=torch.float32)[:, :, None].expand(-1, -1, width)
+        columns_WHW = torch.eye(width, device=boxes_R4.device, dtype=torch.float32)[:, None, :].expand(-1, height, -1)
         scale_4 = boxes_R4.new_tensor([width, height, width, height], dtype=torch.float32)
         pooled = roi_align(
             torch.cat([rows_HHW, columns_WHW])[None],

@@ -20,6 +20,7 @@ from mmgem.losses.caption import caption_loss
 from mmgem.losses.contrastive import contrastive_loss
 from mmgem.losses.gather import ranks, sum_over_ranks
 from mmgem.model import MMGem, Output
+from mmgem.precision import at_least_fp32
 from mmgem.training.optim import freeze, make_optimizer, schedule
 
 
@@ -65,12 +66,17 @@ class StageModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out: Output = self.model(
-            batch.pictures, batch.texts, batch.text_vector_M, batch.boxes_R4, batch.region_image_R, self.from_trunk
+            batch.pictures.to(self.model.h1.weight.dtype),
+            batch.texts,
+            batch.text_vector_M,
+            batch.boxes_R4,
+            batch.region_image_R,
+            self.from_trunk,
         )
         losses = stage_losses(self.model, out, batch, self.stage)
         # Zero times all outputs: a batch without captions or boxes is a step too, so that steps, samples and ranks stay
         # in line.
-        loss = (out.v_BE.sum() + out.t_ME.sum() + out.r_RE.sum() + out.hidden_TD.sum()).float() * 0
+        loss = at_least_fp32(out.v_BE.sum() + out.t_ME.sum() + out.r_RE.sum() + out.hidden_TD.sum()) * 0
         for name, value in losses.items():
             loss = loss + getattr(self.stage.loss, name) * value
         # Each is the mean over the ranks (see `caption_loss`).

@@ -126,6 +126,8 @@ def _build(
     if origin is not None:
         load_weights(model, origin)
     model.language.refuse_leaks()
+    if config.training.precision == "64":
+        model.double()
     if fresh and config.model.vision.standardise:
         measure_standard(model, dataset, choose_device(config))
     if content is not None:

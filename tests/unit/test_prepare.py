@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmgem.data.prepare import FORMATS, prepare_img2dataset, prepare_jsonl
+from mmgem.data.prepare import FORMATS, prepare_jsonl
 from mmgem.data.prepare.scenes import prepare_scenes
 from mmgem.data.prepare.writing import Record, prepare, safe_key
 from mmgem.data.samples import Region, decode_image
@@ -281,56 +281,6 @@ def test_missing_jsonl_sources(tmp_path: Path):
     (source / "regions.jsonl").unlink()
     with pytest.raises(UserError, match="nothing to write"):
         prepare_jsonl(source, tmp_path / "out")
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def test_img2dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    for shard in range(2):
-        members = {}
-        for n in range(3):
-            key = f"{shard:05d}{n:04d}"
-            text = f"text {key}"
-            meta = {"caption": text, "width": 48, "height": 32, "status": "success", "key": key}
-            members |= {f"{key}.jpg": picture(n), f"{key}.txt": text.encode()}
-            members[f"{key}.json"] = json.dumps(meta).encode()
-        write_tar(raw / f"{shard:05d}.tar", members)
-    (raw / "00000.parquet").write_bytes(b"other files of img2dataset are left alone")
-    before = {path.name: path.read_bytes() for path in raw.iterdir()}
-    result = prepare_img2dataset(raw, tmp_path / "out", split="pairs")
-    assert {path.name: path.read_bytes() for path in raw.iterdir()} == before
-    assert [path.name for path in (tmp_path / "out" / "pairs").iterdir()] == ["index.json"]
-    dataset = ShardedDataset(tmp_path / "out" / "pairs")
-    assert len(dataset) == 6 and not dataset.has_regions
-    sample = dataset.sample(4)
-    assert sample.key == "000010001" and sample.captions == ("text 000010001",)
-    assert decode_image(sample).size == (48, 32)
-    assert result["splits"]["pairs"]["read"] == result["splits"]["pairs"]["written"] == 6
-    assert capsys.readouterr().out.splitlines()[1].split() == ["pairs", "6", "6", "6", "0"]
-
-
-def test_img2dataset_refuses(tmp_path: Path):
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    with pytest.raises(UserError, match="no such folder"):
-        prepare_img2dataset(raw, out)
-    raw.mkdir()
-    with pytest.raises(UserError, match=r"no \.tar in"):
-        prepare_img2dataset(raw, out)
-    write_tar(raw / "0.tar", {"1.jpg": picture(), "1.txt": b"x", "2.jpg": b"", "2.txt": b"x"})
-    with pytest.raises(UserError, match="1 of 2 samples are broken.*empty image"):
-        prepare_img2dataset(raw, out)
-    assert not (out / "train" / "index.json").exists()
-    assert prepare_img2dataset(raw, out, max_broken=0.5)["skipped"] == {"empty image": 1}
-    with pytest.raises(UserError, match="exists"):
-        prepare_img2dataset(raw, out, max_broken=0.5)
 
 
 def test_scenes(tmp_path: Path):

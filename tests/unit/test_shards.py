@@ -9,16 +9,16 @@ import multiprocessing
 import os
 import pickle
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from mmgem.data.samples import Sample, SampleError, Tally, decode_image, parse_sample
-from mmgem.data.index import read_index
+from mmgem.data.index import parse_index
+from mmgem.data.samples import Sample, SampleError, decode_image, parse_sample
 from mmgem.data.shards import ShardedDataset
-from mmgem.data.tars import index_tars
 from mmgem.data.writer import ShardWriter
 from mmgem.errors import UserError
 
@@ -46,15 +46,6 @@ def write(folder: Path, count: int = 7, shard_size: int = 3) -> list[Sample]:
     return samples
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def test_what_is_written_is_read_in_any_order(tmp_path: Path):
     samples = write(tmp_path / "train")
     dataset = ShardedDataset(tmp_path / "train")
@@ -66,6 +57,7 @@ def test_what_is_written_is_read_in_any_order(tmp_path: Path):
         assert decode_image(dataset.sample(index)).size == (32, 24)
     assert sorted(p.name for p in (tmp_path / "train").iterdir()) == [
         "index.json",
+        "members",
         "shard-000000.tar",
         "shard-000001.tar",
         "shard-000002.tar",
@@ -77,7 +69,7 @@ def test_the_index_tells_the_truth(tmp_path: Path):
     with pytest.raises(IndexError):
         ShardedDataset(tmp_path).sample(7)
     index = json.loads((tmp_path / "index.json").read_text())
-    assert index["schema"] == 1
+    assert index["schema"] == 2
     assert [shard["samples"] for shard in index["shards"]] == [3, 3, 1]
     assert index["totals"] == {
         "samples": 7,
@@ -89,10 +81,13 @@ def test_the_index_tells_the_truth(tmp_path: Path):
         data = (tmp_path / shard["path"]).read_bytes()
         assert shard["bytes"] == len(data)
         assert shard["sha256"] == hashlib.sha256(data).hexdigest()
+        content = (tmp_path / shard["members"]).read_bytes()
+        assert shard["members_sha256"] == hashlib.sha256(content).hexdigest()
+        members = json.loads(content)
         with tarfile.open(tmp_path / shard["path"]) as tar:
             for info in tar:
                 key, extension = info.name.split(".")
-                assert shard["members"][key][extension] == [info.offset_data, info.size]
+                assert members[key][extension] == [info.offset_data, info.size]
                 assert (info.mtime, info.uid, info.gid) == (0, 0, 0)
 
 
@@ -100,7 +95,7 @@ def test_same_samples_same_bytes(tmp_path: Path):
     write(tmp_path / "a")
     os.utime(tmp_path / "a" / "shard-000000.tar")
     write(tmp_path / "b")
-    for name in ("shard-000000.tar", "shard-000002.tar", "index.json"):
+    for name in ("shard-000000.tar", "shard-000002.tar", "index.json", "members/000002.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     a, b = ShardedDataset(tmp_path / "a"), ShardedDataset(tmp_path / "b")
     assert a.checksum == b.checksum and len(a.checksum) == 64
@@ -166,7 +161,8 @@ def test_a_split_is_not_overwritten_unasked(tmp_path: Path):
         writer.write(a_sample(1))
     assert ShardedDataset(tmp_path).keys == ["key001"]
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["index.json", "notes.txt", "shard-000000.tar"]
+    assert names == ["index.json", "members", "notes.txt", "shard-000000.tar"]
+    assert [path.name for path in (tmp_path / "members").iterdir()] == ["000000.json"]
 
 
 def test_texts_without_pictures(tmp_path: Path):
@@ -229,8 +225,8 @@ def test_missing_folder_and_missing_index(tmp_path: Path):
         ShardedDataset(tmp_path / "none")
     with pytest.raises(UserError, match=r"no index.json.*mmgem data prepare"):
         ShardedDataset(tmp_path)
-    write_tar(tmp_path / "00000.tar", [("a.jpg", picture(1)), ("a.txt", b"x")])
-    with pytest.raises(UserError, match="mmgem data prepare img2dataset"):
+    (tmp_path / "00000.tar").touch()
+    with pytest.raises(UserError, match="mmgem data index"):
         ShardedDataset(tmp_path)
     write(tmp_path / "set" / "val", count=1)
     write(tmp_path / "set" / "train", count=1)
@@ -240,50 +236,138 @@ def test_missing_folder_and_missing_index(tmp_path: Path):
         ShardedDataset(tmp_path / "set" / "tset")
 
 
-def test_missing_and_truncated_shards_are_named(tmp_path: Path):
+def test_what_is_no_whole_shard_is_named(tmp_path: Path):
     write(tmp_path)
     shard = tmp_path / "shard-000001.tar"
     whole = shard.read_bytes()
-    shard.write_bytes(whole[:-512])
-    with pytest.raises(UserError, match=r"shard-000001\.tar is truncated"):
-        ShardedDataset(tmp_path)
-    shard.write_bytes(whole + b"\0" * 512)
-    with pytest.raises(UserError, match=r"shard-000001\.tar is changed"):
-        ShardedDataset(tmp_path)
+    for content, reason in ((whole[:-512], "cut short"), (whole + b"\0" * 512, "changed")):
+        shard.write_bytes(content)
+        dataset = ShardedDataset(tmp_path)
+        for index in (3, 4, 3):
+            with pytest.raises(SampleError, match=rf"shard .*shard-000001\.tar: shard {reason}") as caught:
+                dataset.sample(index)
+            assert caught.value.shard == str(shard)
+        assert dataset.sample(2).key == "key002"
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-000001\.tar is missing"):
         ShardedDataset(tmp_path)
+    shard.symlink_to(tmp_path / "gone.tar")
+    with pytest.raises(UserError, match=r"shard-000001\.tar is a link to .*gone\.tar, which is not there"):
+        ShardedDataset(tmp_path).sample(3)
+    (tmp_path / "gone.tar").write_bytes(whole)
+    assert ShardedDataset(tmp_path).sample(3).key == "key003"
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(UserError, match=r"shard-000001\.tar is a folder, not a file"):
+        ShardedDataset(tmp_path).sample(3)
+    shard.rmdir()
+    os.mkfifo(shard)
+    with pytest.raises(UserError, match=r"shard-000001\.tar is a device, not a file"):
+        ShardedDataset(tmp_path).sample(3)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_what_must_not_be_read_is_named(tmp_path: Path):
+    write(tmp_path)
+    (tmp_path / "shard-000001.tar").chmod(0)
+    with pytest.raises(UserError, match=r"cannot open shard .*shard-000001\.tar: Permission denied"):
+        ShardedDataset(tmp_path).sample(3)
 
 
 def test_a_shard_cut_while_in_use_is_a_sample_error(tmp_path: Path):
     write(tmp_path)
     dataset = ShardedDataset(tmp_path)
+    assert dataset.sample(6).key == "key006"
     os.truncate(tmp_path / "shard-000002.tar", 600)
     with pytest.raises(SampleError, match=r"key006: shard cut short.*shard-000002"):
         dataset.sample(6)
     assert dataset.sample(0).key == "key000"
 
 
+def change_a_byte(shard: Path) -> None:
+    """In the mode of its first head."""
+    with shard.open("r+b") as file:
+        file.seek(101)
+        file.write(b"1")
+
+
+def keys_or_reason(dataset: ShardedDataset) -> list[str] | str:
+    try:
+        return [dataset.sample(index).key for index in range(3)]
+    except SampleError as error:
+        return error.reason
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_shard_is_verified_once_for_all_processes(tmp_path: Path, method: str):
+    write(tmp_path)
+    shard, keys = tmp_path / "shard-000000.tar", ["key000", "key001", "key002"]
+    dataset = ShardedDataset(tmp_path, verify=True)
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(keys_or_reason, (dataset,)) == keys
+    change_a_byte(shard)
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(keys_or_reason, (dataset,)) == keys  # found good by another process, it is not read again
+        other = ShardedDataset(tmp_path, verify=True)
+        assert pool.apply(keys_or_reason, (other,)) == "shard has another checksum"
+    assert keys_or_reason(dataset) == keys and keys_or_reason(other) == "shard has another checksum"
+    assert keys_or_reason(ShardedDataset(tmp_path)) == keys  # unasked, nobody compares
+
+
+def test_the_flags_of_verified_shards_go_with_their_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "train")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    dataset = ShardedDataset(tmp_path / "train", verify=True)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert len(os.listdir(tmp_path / "temporary")) == 1
+    del dataset
+    assert os.listdir(tmp_path / "temporary") == []
+    assert copy.sample(6).key == "key006"
+
+
+def test_a_changed_members_file_is_the_shards_fault(tmp_path: Path):
+    write(tmp_path)
+    members = tmp_path / "members" / "000001.json"
+    members.write_bytes(members.read_bytes().replace(b"key004", b"key999"))
+    dataset = ShardedDataset(tmp_path)
+    with pytest.raises(SampleError, match=r"shard-000001\.tar: shard's members file changed.*000001\.json"):
+        dataset.sample(3)
+    assert dataset.sample(0).key == "key000"
+    members.unlink()
+    with pytest.raises(UserError, match=r"cannot read .*000001\.json"):
+        ShardedDataset(tmp_path).sample(3)
+
+
+ENTRY = {"path": "a.tar", "samples": 0, "bytes": 1, "sha256": "0" * 64, "members": "a", "members_sha256": "0" * 64}
+TOTALS = {"samples": 0, "captions": 0, "regions": 0}
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("tree", "message"),
     [
         ("{", "not an index"),
-        ("[]", "not an index"),
-        ('{"schema": 99, "shards": [], "totals": {}}', "schema 99"),
-        ('{"schema": 1, "shards": []}', "lacks totals"),
+        ([], "not an index"),
+        ({"schema": 1, "shards": [], "totals": {}}, "schema 1"),
+        ({"schema": 2, "shards": []}, "totals"),
+        ({"schema": 2, "shards": [{"path": "a"}], "totals": TOTALS}, "not an index"),
+        ({"schema": 2, "shards": [{**ENTRY, "samples": 1}], "totals": TOTALS}, "counts or paths"),
+        ({"schema": 2, "shards": [{**ENTRY, "bytes": -1}], "totals": TOTALS}, "counts or paths"),
+        ({"schema": 2, "shards": [{**ENTRY, "sha256": "../../etc"}], "totals": TOTALS}, "counts or paths"),
     ],
 )
-def test_a_broken_index_is_named(tmp_path: Path, content: str, message: str):
-    (tmp_path / "index.json").write_text(content)
+def test_a_broken_index_is_named(tmp_path: Path, tree: Any, message: str):
+    (tmp_path / "index.json").write_text(tree if isinstance(tree, str) else json.dumps(tree))
     with pytest.raises(UserError, match=message) as caught:
-        read_index(tmp_path)
+        ShardedDataset(tmp_path)
     assert str(tmp_path / "index.json") in str(caught.value)
+    good = {"schema": 2, "shards": [ENTRY], "totals": TOTALS}
+    assert parse_index(json.dumps(good).encode(), "x").shards[0].path == "a.tar"
 
 
 def test_broken_json_in_a_shard_is_a_sample_error_and_no_text(tmp_path: Path):
     write(tmp_path, count=3)
-    index = json.loads((tmp_path / "index.json").read_text())
-    offset, size = index["shards"][0]["members"]["key001"]["json"]
+    offset, size = json.loads((tmp_path / "members" / "000000.json").read_text())["key001"]["json"]
     with (tmp_path / "shard-000000.tar").open("r+b") as file:
         file.seek(offset)
         file.write(b"?" * size)
@@ -291,135 +375,3 @@ def test_broken_json_in_a_shard_is_a_sample_error_and_no_text(tmp_path: Path):
     with pytest.raises(SampleError, match="key001: broken metadata"):
         dataset.sample(1)
     assert len(list(dataset.iter_texts())) == 6
-
-
-def test_tars_are_indexed_where_they_lie(tmp_path: Path):
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    record = {"caption": "from json", "url": "http://x", "width": 32, "height": 24, "status": "ok"}
-    first = write_tar(
-        raw / "00000.tar",
-        [
-            ("000000001.jpg", picture(1)),
-            ("000000001.txt", b"from text"),
-            ("000000001.json", json.dumps(record).encode()),
-            ("./000000002.JPG", picture(2)),
-            ("./000000002.txt", b"only text\n"),
-            ("000000003.jpg", picture(3)),
-            ("000000003.txt", b" "),
-            ("000000004.txt", b"no picture"),
-            ("000000005.jpg", b""),
-            ("000000005.txt", b"empty picture"),
-        ],
-    )
-    second = write_tar(
-        raw / "00001.tar",
-        [
-            ("000000002.png", picture(9, "PNG")),
-            ("000000002.txt", b"again"),
-            ("000010000.json", json.dumps({"captions": ["a", "b"]}).encode()),
-            ("000010000.webp", picture(4, "WEBP")),
-        ],
-    )
-    before = first.read_bytes(), second.read_bytes()
-    tally, seen = Tally(), []
-    index = index_tars(tmp_path / "set" / "train", [first, second], tally=tally, on_shard=lambda *a: seen.append(a))
-    assert (first.read_bytes(), second.read_bytes()) == before
-    assert [path.name for path in (tmp_path / "set" / "train").iterdir()] == ["index.json"]
-    assert index == read_index(tmp_path / "set" / "train")
-    dataset = ShardedDataset(tmp_path / "set" / "train")
-    assert dataset.keys == ["000000001", "000000002", "000010000"]
-    assert [dataset.sample(i).captions for i in range(3)] == [
-        ("from json",),
-        ("only text",),
-        ("a", "b"),
-    ]
-    assert dataset.sample(0).meta == {"url": "http://x", "status": "ok"}
-    assert list(dataset.iter_texts()) == ["from json", "only text", "a", "b"]
-    assert seen == [(5, 2), (2, 1)]
-    assert (
-        tally.skipped
-        == index["skipped"]
-        == {
-            "no caption and no region": 1,
-            "no image": 1,
-            "empty image": 1,
-            "duplicate key": 1,
-        }
-    )
-    assert tally.dropped == {"empty caption": 1}
-    assert tally.broken == 3
-    assert tally.examples["no caption and no region"] == ["000000003"]
-    assert index["totals"]["samples"] == 3 and index["totals"]["captions"] == 4
-
-
-def test_paths_are_relative_inside_the_dataset_and_absolute_outside(tmp_path: Path):
-    dataset = tmp_path / "set"
-    dataset.mkdir()
-    inside = write_tar(dataset / "a.tar", [("1.jpg", picture(1)), ("1.txt", b"in")])
-    outside = write_tar(tmp_path / "b.tar", [("2.jpg", picture(2)), ("2.txt", b"out")])
-    index = index_tars(dataset / "train", [inside, outside])
-    assert [shard["path"] for shard in index["shards"]] == ["../a.tar", str(outside)]
-    dataset.rename(tmp_path / "moved")
-    assert ShardedDataset(tmp_path / "moved" / "train").captions(0) == ("in",)
-
-
-def test_decode_finds_pictures_that_are_cut(tmp_path: Path):
-    buffer = io.BytesIO()
-    Image.effect_noise((64, 64), 90).save(buffer, "JPEG")
-    cut = buffer.getvalue()[:-500]
-    tar = write_tar(
-        tmp_path / "a.tar",
-        [("1.jpg", cut), ("1.txt", b"cut"), ("2.jpg", picture(2)), ("2.txt", b"x")],
-    )
-    assert index_tars(tmp_path / "quick", [tar])["totals"]["samples"] == 2
-    slow = index_tars(tmp_path / "slow", [tar], decode=True)
-    assert slow["totals"]["samples"] == 1 and slow["skipped"] == {"broken image": 1}
-    assert ShardedDataset(tmp_path / "slow").keys == ["2"]
-    # the same tars, but sample 0 is another one: what is cached under one must not serve the other
-    assert ShardedDataset(tmp_path / "slow").checksum != ShardedDataset(tmp_path / "quick").checksum
-
-
-def test_an_index_is_not_overwritten_unasked(tmp_path: Path):
-    tar = write_tar(tmp_path / "a.tar", [("1.jpg", picture(1)), ("1.txt", b"x")])
-    index_tars(tmp_path / "train", [tar])
-    with pytest.raises(UserError, match=r"index\.json exists"):
-        index_tars(tmp_path / "train", [tar])
-    assert index_tars(tmp_path / "train", [tar], overwrite=True)["totals"]["samples"] == 1
-    assert tar.exists()
-
-
-DAMAGES = ["end", "unmarked", "middle", "header", "empty", "garbage", "gz", "missing"]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_broken_tar_is_named(tmp_path: Path, damage: str):
-    members = [(f"{n}.{e}", picture(n) * 3) for n in range(4) for e in ("jpg", "txt")]
-    tar = write_tar(tmp_path / "00007.tar", members)
-    data = bytearray(tar.read_bytes())
-    with tarfile.open(tar) as opened:
-        infos = opened.getmembers()
-    if damage == "end":
-        del data[infos[-1].offset_data + infos[-1].size :]
-    elif damage == "unmarked":  # every member is whole, what may have followed is not known
-        del data[infos[-1].offset_data + -(-infos[-1].size // 512) * 512 :]
-    elif damage == "middle":
-        del data[infos[3].offset_data + 100 :]
-    elif damage == "header":
-        data[infos[4].offset : infos[4].offset + 200] = b"\xff" * 200
-    elif damage in ("empty", "garbage"):
-        data = bytearray(b"" if damage == "empty" else b"not a tar at all" * 200)
-    tar.write_bytes(data)
-    if damage == "gz":
-        with tarfile.open(tar, "w:gz") as opened:
-            opened.addfile(tarfile.TarInfo("1.jpg"), io.BytesIO())
-    if damage == "missing":
-        tar.unlink()
-    with pytest.raises(UserError, match=r"00007\.tar"):
-        index_tars(tmp_path / "train", [tar])
-    assert not (tmp_path / "train" / "index.json").exists()
-
-
-def test_no_tars_is_an_error(tmp_path: Path):
-    with pytest.raises(UserError, match="no tars"):
-        index_tars(tmp_path / "train", [])
