@@ -50,7 +50,7 @@ class FileCache:
         with self._writing():
             if file := self._found(sha256, size):
                 return file
-            with _locked(self._lock(sha256)):
+            with locked(self._lock(sha256)):
                 if file := self._found(sha256, size):
                     return file
                 while (partial := self._reserve(sha256, size)) is None:
@@ -60,7 +60,7 @@ class FileCache:
     def keep(self, sha256: str, size: int, fetch: Callable[[Path], FileIO]) -> None:
         """Fetches the file as `open` does, unless another is doing so, or what was used in the last half minute would
         have to give way."""
-        with self._writing(), _locked(self._lock(sha256), wait=False) as held:
+        with self._writing(), locked(self._lock(sha256), wait=False) as held:
             if held and not self.touch(sha256) and (partial := self._reserve(sha256, size, _FRESH)):
                 self._fetch(sha256, partial, fetch).close()
 
@@ -128,7 +128,7 @@ class FileCache:
         seconds. The caller holds the file's lock."""
         partial = self.folder / f"{sha256}.{size}.partial"
         partial.unlink(missing_ok=True)
-        with _locked(self._lock("room")):
+        with locked(self._lock("room")):
             files, taken = self._listed()
             for used, found, path in sorted(files):
                 if taken + size <= self.most_bytes or used > time.time() - spared:
@@ -146,7 +146,7 @@ class FileCache:
         for entry in os.scandir(self.folder):
             path = Path(entry.path)
             if partial := _PARTIAL.fullmatch(entry.name):
-                with _locked(self._lock(partial[1]), wait=False) as free:
+                with locked(self._lock(partial[1]), wait=False) as free:
                     if free:  # of a process that was killed
                         path.unlink(missing_ok=True)
                     else:
@@ -160,7 +160,7 @@ class FileCache:
 
 
 @contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Holds the lock of that name, against other threads and processes; gives False where it is held and `wait` is not
     set. The file is there only while somebody wants it."""
     while True:

@@ -35,11 +35,11 @@ _OPEN_SHARDS = 64  # per process; far below the usual limit of 1024 open files
 class ShardedDataset:
     """One split, read by offset. Cheap to pickle to a worker; opens files when it first reads.
 
-    `sizes` are the samples of each shard, `totals` the counts of the index, `checksum` tells splits apart, `remote` says
-    whether shards have to be fetched before they are read. Its memory does not grow with the number of samples, only
-    with that of shards. `verify` compares the sha256 of each shard with the index when it is first opened by any of the
-    processes that this dataset was sent to; those of URLs were compared when they were fetched. Raises UserError as the
-    module says.
+    `sizes` are the samples of each shard, `totals` the counts of the index, `checksum` tells splits apart, `remote`
+    says whether shards have to be fetched before they are read. Its memory does not grow with the number of samples,
+    only with that of shards. `verify` compares the sha256 of each shard with the index when it is first opened by any
+    of the processes that this dataset was sent to; those of URLs were compared when they were fetched. Raises UserError
+    as the module says.
     """
 
     def __init__(self, location: str | Path, *, store: Store | None = None, verify: bool = False) -> None:

@@ -2,9 +2,10 @@
 `https://`, `file://` …).
 
 Receives a folder or URL. Gives its small files' content, and its shards open: those of URLs are fetched whole, checked
-against the index, and kept in a folder of this machine (`cache`). An index in either place may name shards by a path of
-this machine or by a URL, too. Refuses, with a UserError that names the file, what is not there or cannot be had; and
-with a SampleError a shard that is not what its index says.
+against the index, and kept in a folder of this machine (`cache`); how servers and credentials are said, and what is
+tried again, stands in `remote`. An index in either place may name shards by a path of this machine or by a URL, too.
+Refuses, with a UserError that names the file, what is not there or cannot be had; and with a SampleError a shard that
+is not what its index says.
 """
 
 from __future__ import annotations

@@ -13,17 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 import stat
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -44,6 +39,7 @@ from mmgem.data.index import (
     write_members,
     write_whole,
 )
+from mmgem.data.processes import cpus, map_in_order, stop_if_asked
 from mmgem.data.remote import Remote
 from mmgem.data.samples import (
     BROKEN_META,
@@ -119,14 +115,20 @@ def index_tars(
     jobs = [_Job(n, name, _stored_path(name, split_dir), split_dir, decode, remote) for n, name in enumerate(names)]
     totals, read, entries, hashes = Totals(), 0, list[ShardEntry | None](), list[np.ndarray]()
     partial = split_dir / f".{BROKEN_NAME}.partial"
-    with _writing(split_dir), partial.open("wb") as named, Progress("indexing", len(jobs), "tars") as progress:
+    results = map_in_order(_index_tar, jobs, min(processes or cpus(), len(jobs) // _FEW))
+    with (
+        closing(results),
+        _writing(split_dir),
+        partial.open("wb") as named,
+        Progress("indexing", len(jobs), "tars") as progress,
+    ):
 
         def leave_out(job: _Job, broken: Iterable[Broken]) -> None:
             for key, reason, detail in broken:
                 named.write(broken_line(key, job.stored, reason, detail))
                 tally.skip(SampleError(key or job.stored, reason, detail))
 
-        for job, result in zip(jobs, _results(jobs, processes), strict=True):
+        for job, result in zip(jobs, results, strict=True):
             leave_out(job, result.broken)
             tally.dropped.update(result.dropped)
             _add(totals, result.totals)
@@ -180,37 +182,6 @@ class _Result:
     broken: list[Broken]
     counts: list[tuple[int, int]]
     hashes: np.ndarray
-
-
-def _results(jobs: Sequence[_Job], processes: int | None) -> Iterator[_Result]:
-    """In the order of the jobs."""
-    workers = min(processes or os.cpu_count() or 1, len(jobs) // _FEW)
-    if workers < 2:
-        yield from map(_index_tar, jobs)
-        return
-    # spawn: forking a process that has threads (torch starts them) can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        try:
-            yield from pool.map(_index_tar, jobs)
-        except BrokenProcessPool as error:
-            fewer = "run again with fewer --processes, it goes on where it was"
-            raise UserError(f"a process that read tars was killed, perhaps for its memory: {fewer}") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Ctrl-C is the parent's, and a worker ends when its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def end_with_it() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_it, daemon=True).start()
 
 
 def _index_tar(job: _Job) -> _Result:
@@ -272,6 +243,7 @@ def _scan(job: _Job, path: Path) -> _Result:
         dropped: Counter[str] = Counter()
         members, totals, counts = {}, Totals(), []
         for key, files in found.files.items():
+            stop_if_asked()
             try:
                 sample = _sample(file.fileno(), key, files, dropped)
                 if job.decode:

@@ -1,7 +1,8 @@
 """Writes samples into numbered tars, and their index.
 
-Receives samples. Gives `shard-000000.tar …`, `members/` and `index.json`; one shard at a time with `ShardFile`. Refuses a folder that already holds a split
-(unless told to overwrite), a key that no tar can hold or that was written before, and a picture of another format.
+Receives samples. Gives `shard-000000.tar …`, `members/` and `index.json` (`ShardWriter`), or one shard (`ShardFile`).
+Refuses a folder that already holds a split (unless told to overwrite), a key that no tar can hold or that was written
+before, and a picture of another format.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ _OWN_FILE = re.compile(rf"\.?(shard-\d{{6}}\.tar|{re.escape(INDEX_NAME)}|{re.esc
 
 
 class ShardFile:
-    """One shard while it is written, as `.shard-000003.tar.partial`: `finish` gives it its name, `discard` takes it away.
+    """One shard while it is written, as `.shard-000003.tar.partial`.
 
+    `finish` gives it its name, `discard` takes away what has none.
     The same samples give the same bytes. A finished shard is on the disk, not only in the system's memory.
     """
 
@@ -62,7 +64,7 @@ class ShardFile:
 
     def add(self, sample: Sample) -> None:
         """Appends one sample. Raises ValueError for a key that a tar of webdataset cannot hold, a key that the shard
-        has, and a picture that is not JPEG, PNG or WebP."""
+        has, a picture that is not JPEG, PNG or WebP, and (UnicodeEncodeError) text that is no Unicode."""
         match = MEMBER.match(f"{sample.key}.json")
         unsafe = sample.key.startswith("/") or ".." in sample.key.split("/")
         if match is None or match[1] != sample.key or unsafe:
@@ -72,10 +74,11 @@ class ShardFile:
         extension = image_extension(sample.image)
         if extension is None:
             raise ValueError(f"sample {sample.key}: the picture is not JPEG, PNG or WebP")
-        record = json.dumps(record_of(sample), ensure_ascii=False, separators=(",", ":"))
+        # Encoded before the picture is written: text that is no Unicode must not leave a picture alone in the tar.
+        record = json.dumps(record_of(sample), ensure_ascii=False, separators=(",", ":")).encode()
         self._members[sample.key] = {
             extension: _add(self._tar, f"{sample.key}.{extension}", sample.image),
-            "json": _add(self._tar, f"{sample.key}.json", record.encode()),
+            "json": _add(self._tar, f"{sample.key}.json", record),
         }
         self.totals.add(sample)
 

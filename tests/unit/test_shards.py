@@ -320,6 +320,10 @@ def test_the_flags_of_verified_shards_go_with_their_dataset(tmp_path: Path, monk
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     dataset = ShardedDataset(tmp_path / "train", verify=True)
     copy = pickle.loads(pickle.dumps(dataset))
+    if (child := os.fork()) == 0:
+        del dataset
+        os._exit(0)
+    os.waitpid(child, 0)
     assert len(os.listdir(tmp_path / "temporary")) == 1
     del dataset
     assert os.listdir(tmp_path / "temporary") == []

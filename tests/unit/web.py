@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[start : min(start + 4096, most)])
             time.sleep(self.server.pause)
         if what == "hang":
-            self.server.closing.wait(20)
+            self.server.closing.wait(60)
         if what:
             self.close_connection = True
 

@@ -6,60 +6,42 @@ Receives a folder with `images/`, `captions.jsonl` (`image`, `split`, `captions`
 becomes the region's entity, all other fields of a line are kept beside them. A phrase that speaks
 of a group (`boxes_of_entity` above 1) gives one region a line. Refuses a folder without these files
 and a line that is not a JSON object with its fields; both are named.
+
+captions.jsonl is read line by line; the lines of regions.jsonl are held in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from mmgem.data.prepare.writing import (
-    MAX_BROKEN,
-    Record,
-    need_folder,
-    prepare,
-    read_jsonl,
-    safe_key,
-)
+from mmgem.data.prepare.reading import Record, need_folder, read_jsonl, safe_key
+from mmgem.data.prepare.writing import WriteOptions, prepare
 from mmgem.errors import UserError
 
 CAPTIONS = "captions.jsonl"
 REGIONS = "regions.jsonl"
 
+Regions = Mapping[str, tuple[str, list[dict[str, Any]]]]
+"""Picture -> its split and its regions."""
 
-def prepare_jsonl(
-    source: Path,
-    out: Path,
-    *,
-    splits: Sequence[str] | None = None,
-    shard_size: int = 1000,
-    limit: int | None = None,
-    overwrite: bool = False,
-    max_broken: float = MAX_BROKEN,
-) -> dict[str, Any]:
+
+def prepare_jsonl(source: Path, out: Path, **options: Unpack[WriteOptions]) -> dict[str, Any]:
     """Prepares a folder with images/, captions.jsonl and, where there are boxes, regions.jsonl.
 
-    source: the folder. out: the dataset to write. splits: only these (default: all). shard_size:
-    samples a tar. limit: at most so many samples a split. overwrite: replace splits that are there.
-    max_broken: stop when more than this share of samples is broken.
+    source: the folder. out: the dataset to write. options: those of `WriteOptions`.
     """
-    return prepare(
-        list(records(Path(source))),
-        out,
-        splits=splits,
-        shard_size=shard_size,
-        limit=limit,
-        overwrite=overwrite,
-        max_broken=max_broken,
-    )
+    source = Path(source)
+    need_folder(need_folder(source, f"images/ and {CAPTIONS}") / "images", "the pictures")
+    plan = {"format": "jsonl", "source": str(source.resolve())}
+    return prepare(partial(records, source, regions_of(source / REGIONS)), out, plan=plan, **options)
 
 
-def records(source: Path) -> Iterator[Record]:
+def records(source: Path, regions: Regions) -> Iterator[Record]:
     """The pictures of captions.jsonl in its order, then those that have boxes only."""
-    images = need_folder(need_folder(source, f"images/ and {CAPTIONS}") / "images", "the pictures")
-    regions = _regions_of(source / REGIONS)
-    seen = set()
+    images, seen = source / "images", set[str]()
     for number, item in read_jsonl(source / CAPTIONS):
         where = f"{source / CAPTIONS}, line {number}"
         name, split = _text(item, "image", where), _text(item, "split", where)
@@ -68,15 +50,15 @@ def records(source: Path) -> Iterator[Record]:
         meta = {k: v for k, v in item.items() if k not in ("split", "regions")}
         if name in regions:
             meta["regions"] = regions[name][1]
-        seen.add(name)
+            seen.add(name)
         yield Record(safe_key(name), split, images / name, meta)
     for name, (split, listed) in regions.items():
         if name not in seen:
             yield Record(safe_key(name), split, images / name, {"image": name, "regions": listed})
 
 
-def _regions_of(path: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-    """Picture → its split and its regions; nothing where there is no such file."""
+def regions_of(path: Path) -> Regions:
+    """The content of regions.jsonl; nothing where there is no such file."""
     grouped: dict[str, tuple[str, list[dict[str, Any]]]] = {}
     if not path.exists():
         return grouped

@@ -8,53 +8,37 @@ Refuses a file of another shape and a missing folder. Widths and heights are rea
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from mmgem.data.prepare.writing import MAX_BROKEN, Record, need_folder, prepare, safe_key
+from mmgem.data.prepare.reading import Record, list_of, need_folder, read_json, safe_key
+from mmgem.data.prepare.writing import WriteOptions, prepare
 from mmgem.errors import UserError
 
 _IDS = ("cocoid", "imgid")
 
 
 def prepare_karpathy(
-    source: Path,
-    out: Path,
-    *,
-    images: Path,
-    restval: str = "train",
-    splits: Sequence[str] | None = None,
-    shard_size: int = 1000,
-    limit: int | None = None,
-    overwrite: bool = False,
-    max_broken: float = MAX_BROKEN,
+    source: Path, out: Path, *, images: Path, restval: str = "train", **options: Unpack[WriteOptions]
 ) -> dict[str, Any]:
     """Prepares a dataset_*.json of Karpathy's splits with the folder of its pictures.
 
     source: the JSON file. out: the dataset to write. images: the folder of the pictures (for COCO
     the one that has train2014/ and val2014/). restval: the split that the pictures of "restval" go
-    to. splits: only these (default: all). shard_size: samples a tar. limit: at most so many samples
-    a split. overwrite: replace splits that are there. max_broken: stop when more than this share of
-    samples is broken.
+    to. options: those of `WriteOptions`.
     """
-    return prepare(
-        list(records(Path(source), Path(images), restval)),
-        out,
-        splits=splits,
-        shard_size=shard_size,
-        limit=limit,
-        overwrite=overwrite,
-        max_broken=max_broken,
-    )
+    source, images = Path(source), Path(images)
+    found = list(records(source, images, restval))
+    plan = {"format": "karpathy", "source": str(source.resolve()), "images": str(images.resolve()), "restval": restval}
+    return prepare(lambda: found, out, plan=plan, **options)
 
 
 def records(source: Path, images: Path, restval: str = "train") -> Iterator[Record]:
     """The pictures in the order of the file."""
     need_folder(images, "the pictures")
     found: list[tuple[Path, str, dict[str, Any]]] = []
-    for number, item in enumerate(_images_of(source)):
+    for number, item in enumerate(list_of(read_json(source), "images", source, "dataset_*.json of Karpathy")):
         try:
             name, split = str(item["filename"]), str(item["split"])
             captions = [_caption(sentence) for sentence in item["sentences"]]
@@ -75,19 +59,6 @@ def records(source: Path, images: Path, restval: str = "train") -> Iterator[Reco
         key = safe_key(meta["image"])
         # COCO's names are unique and make its keys; a name that two folders have needs the folder.
         yield Record(key if len(folders[key]) == 1 else safe_key(str(place)), split, images / place, meta)
-
-
-def _images_of(source: Path) -> list[dict[str, Any]]:
-    try:
-        content = json.loads(source.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{source} is not JSON ({error}); fetch it again") from error
-    listed = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(listed, list):
-        raise UserError(f'{source} has no list "images": it is no dataset_*.json of Karpathy')
-    return listed
 
 
 def _caption(sentence: dict[str, Any]) -> str:

@@ -1,117 +1,124 @@
 """The common way from raw records to shards.
 
-Receives records `(key, split, picture or its path, fields)` of any reader. Gives a dataset folder
-with one folder a split, and an account of what was read, written and left out. Every picture is
-decoded once. Refuses, with a UserError: a split that already has files (unless told to overwrite),
-a source without samples, and one of which more than a set share is broken; a single broken sample
-is skipped, counted and named.
+Receives records of any reader, twice: to count them, and to write them. Gives a dataset folder with one folder a split,
+and an account of what was read, written and left out. Every picture is decoded once. Refuses, with a UserError: a split
+that already has files (unless told to overwrite), a source without samples, one of which more than a set share is
+broken, and a full disk; a single broken sample is skipped, counted and named.
+
+The records of a split are cut, in their order, into shards before any is looked at, and shards are made in parallel. A
+split gets its index when all are finished. Whatever stops the work before, the finished shards stay, and the same
+command goes on from them to the same bytes.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import re
+import errno
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypedDict
 
-from mmgem.data.samples import (
-    DUPLICATE_KEY,
-    Sample,
-    SampleError,
-    Tally,
-    decode_image,
-    parse_sample,
-)
-from mmgem.data.writer import ShardWriter, check_split_dir, image_extension
+import PIL
+
+from mmgem import __version__
+from mmgem.data.index import BROKEN_NAME, ShardEntry
+from mmgem.data.prepare.reading import Load, Record
+from mmgem.data.prepare.shard import Job, ShardAccount, Task, make_shard
+from mmgem.data.prepare.splits import SplitBy, check_split_name, in_splits, read_split_by
+from mmgem.data.prepare.unfinished import SplitFolder
+from mmgem.data.processes import cpus, map_in_order
+from mmgem.data.samples import SampleError, Tally
+from mmgem.data.writer import Totals
 from mmgem.errors import UserError
 from mmgem.progress import Progress
 
 MAX_BROKEN = 0.05
-NO_FILE = "image file missing"
-
-T = TypeVar("T")
-R = TypeVar("R")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Record(NamedTuple):
-    """One raw sample: `image` is the encoded picture or the file that has it."""
+class WriteOptions(TypedDict, total=False):
+    """The options of every format that writes shards.
 
-    key: str
-    split: str
-    image: Path | bytes
-    meta: Mapping[str, Any] | str
+    splits: only these (default: all). split_by: other splits than the source's, as in
+    `train=0.9,val=0.05,test=0.05`, or a JSON file that lists names (see `splits`). shard_size: records a tar (default
+    1000). limit: at most so many records a split. resize: pictures whose shorter side has more pixels are made smaller
+    and stored as JPEG of quality 92, boxes with them; others keep their bytes. processes: how many write (default: one
+    a CPU). overwrite: replace splits that are there. max_broken: stop when more than this share of samples is broken
+    (default 0.05).
+    """
+
+    splits: Sequence[str] | None
+    split_by: str | Path | None
+    shard_size: int
+    limit: int | None
+    resize: int | None
+    processes: int | None
+    overwrite: bool
+    max_broken: float
 
 
 def prepare(
-    records: Iterable[Record],
+    records: Callable[[], Iterable[Record]],
     out: str | Path,
     *,
+    plan: Mapping[str, Any] | None = None,
+    load: Load | None = None,
     splits: Sequence[str] | None = None,
+    split_by: str | Path | None = None,
     shard_size: int = 1000,
     limit: int | None = None,
+    resize: int | None = None,
+    processes: int | None = None,
     overwrite: bool = False,
     max_broken: float = MAX_BROKEN,
-    total: int | None = None,
 ) -> dict[str, Any]:
     """Writes the records to `out/SPLIT/`, prints an account and returns it.
 
-    `splits` and `limit` take only those splits and the first `limit` records of each. A split is
-    whole or absent: on an error, and on Ctrl-C, what this call has written is taken away. `total`
-    is the number of records where they are not a list; it serves the time left.
+    `records` is called twice and gives the same both times. `plan` says by which format and arguments they were read:
+    unfinished work of another plan is not gone on with. `load` completes a record in the process that writes it. The
+    others are `WriteOptions`.
 
     Returns {"out", "seconds", "splits": {name: {"read", "written", "captions", "regions",
     "images_without_captions"}}, "skipped": {reason: count}, "dropped": {reason: count},
-    "examples": {reason: first keys}}.
+    "examples": {reason: first keys}, "kept": shards of an earlier, stopped run}.
     """
+    for name, value in (("shard_size", shard_size), ("resize", resize), ("limit", limit), ("processes", processes)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; give 1 or more")
     out, started = Path(out), time.monotonic()
-    chosen = select(records, splits, limit)
-    if isinstance(records, Sized):
-        chosen = list(chosen)
-        total = len(chosen)
-        _check_splits({record.split for record in chosen}, splits, out, overwrite)
-    reads: Counter[str] = Counter()
-    tally, writers = Tally(), dict[str, ShardWriter]()
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress("prepare", total))
-        for checked in _checked(chosen):
-            split = checked.split
-            reads[split] += 1
-            if split not in writers:
-                writer = ShardWriter(out / split, shard_size, overwrite=overwrite)
-                writers[split] = stack.enter_context(writer)
-            if isinstance(checked.result, Sample):
-                writers[split].write(checked.result)
-            for account_of in (tally, writers[split].tally):
-                account_of.dropped.update(checked.dropped)
-                if isinstance(checked.result, SampleError):
-                    account_of.skip(checked.result)
-            progress.advance()
-            if total is not None:
-                check_broken(tally, total, max_broken)
-        if not reads:
-            raise UserError(f"nothing to write to {out}: the source has no samples")
-        check_broken(tally, reads.total(), max_broken)
-    rows = {name: {"read": reads[name], **row_of(writers[name].totals)} for name in reads}
-    return account(out, rows, tally, time.monotonic() - started)
-
-
-def select(records: Iterable[Record], splits: Sequence[str] | None, limit: int | None) -> Iterator[Record]:
-    """The records of `splits` (all where None), at most `limit` of each split."""
-    taken: dict[str, int] = {}
-    for record in records:
-        if splits is not None and record.split not in splits:
-            continue
-        taken[record.split] = taken.get(record.split, 0) + 1
-        if limit is None or taken[record.split] <= limit:
-            yield record
+    named, outside = read_split_by(split_by), Tally()
+    counts = _count(in_splits(records(), named, splits, limit, outside), splits)
+    if not counts:
+        raise UserError(f"nothing to write to {out}: the source has no samples{_in_no_split(outside)}")
+    whole_plan = {
+        **(plan or {}),
+        "split_by": None if split_by is None else str(split_by),
+        **{"shard_size": shard_size, "limit": limit, "resize": resize},
+        **{"mmgem": __version__, "Pillow": PIL.__version__},
+    }
+    folders = {split: SplitFolder(out / split, whole_plan) for split in counts}
+    for folder in folders.values():
+        folder.check(overwrite=overwrite)
+    shards = {split: -(-count // shard_size) for split, count in counts.items()}
+    books = _Books(counts, shards)
+    tasks = _tasks(in_splits(records(), named, splits, limit, Tally()), shard_size)
+    processes = min(processes or cpus(), sum(shards.values()))
+    with ExitStack() as stack, _disk_full(out, books, folders):
+        for folder in folders.values():
+            stack.enter_context(folder.locked())
+            folder.begin()
+        made = stack.enter_context(closing(map_in_order(partial(make_shard, Job(out, load, resize)), tasks, processes)))
+        _follow(made, books, max_broken)
+        for split, folder in folders.items():
+            folder.finish(shards[split], books.entries[split], vars(books.totals[split]), books.tallies[split])
+        for folder in folders.values():
+            folder.clean()
+    notes = books.notes(out) + _notes_of_splits(outside, named)
+    result = account(out, books.rows(), books.tally, time.monotonic() - started, notes)
+    return {**result, "kept": books.kept.total()}
 
 
 def check_broken(tally: Tally, read: int, max_broken: float) -> None:
@@ -129,6 +136,7 @@ def account(
     rows: dict[str, dict[str, int]],
     tally: Tally,
     seconds: float,
+    notes: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Prints the table of what was read, written and left out, and returns it as a dict."""
     columns = ["read", "written", "captions", "regions"]
@@ -140,6 +148,7 @@ def account(
         lines.append(f"pictures without captions: {without}")
     lines += [f"skipped: {text}" for text in describe(tally.skipped, tally.examples)]
     lines += [f"dropped: {text}" for text in describe(tally.dropped, {})]
+    lines += notes
     lines.append(f"wrote {out} in {seconds:.1f} s")
     print("\n".join(lines))
     return {
@@ -167,105 +176,110 @@ def describe(counts: Mapping[str, int], examples: Mapping[str, list[str]]) -> li
     return texts
 
 
-def safe_key(name: str) -> str:
-    """A key from a file's path as it is given: with its folders, which keep a/1.jpg and b/1.jpg
-    apart, without its extension, and without what a tar member's key cannot have (webdataset ends
-    the key at the first dot)."""
-    path = Path(name)
-    return re.sub(r"[^\w-]", "_", str(path.parent / path.stem))
+class _Books:
+    """What has come of the shards so far."""
+
+    def __init__(self, counts: Mapping[str, int], shards: Mapping[str, int]) -> None:
+        self.records, self.shards = sum(counts.values()), sum(shards.values())
+        self.tally = Tally()
+        self.tallies = {split: Tally() for split in counts}
+        self.totals = {split: Totals() for split in counts}
+        self.entries: dict[str, list[ShardEntry]] = {split: [] for split in counts}
+        self.read, self.kept = Counter[str](), Counter[str]()
+        self.done = self.bytes = 0
+
+    def add(self, made: ShardAccount) -> None:
+        split = made.split
+        for tally in (self.tally, self.tallies[split]):
+            tally.dropped.update(made.dropped)
+            for key, reason, detail in made.left_out:
+                tally.skip(SampleError(key, reason, detail))
+        for name, count in made.totals.items():
+            setattr(self.totals[split], name, getattr(self.totals[split], name) + count)
+        if made.entry is not None:
+            self.entries[split].append(made.entry)
+            self.bytes += made.entry.bytes
+        self.read[split] += made.read
+        self.kept[split] += made.kept
+        self.done += 1
+
+    def rows(self) -> dict[str, dict[str, int]]:
+        return {split: {"read": self.read[split], **row_of(vars(totals))} for split, totals in self.totals.items()}
+
+    def notes(self, out: Path) -> list[str]:
+        notes = []
+        if kept := self.kept.total():
+            notes.append(f"kept: {kept} of {self.shards} shards, finished by an earlier run")
+        where = [f"{out}/{split}/{BROKEN_NAME}" for split, tally in self.tallies.items() if tally.skipped]
+        return [*notes, *([f"every skipped sample is named in {', '.join(where)}"] if where else [])]
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line that is not blank. Raises UserError naming the line."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    item = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from error
-                if not isinstance(item, dict):
-                    raise UserError(f"{path}, line {number}: an object is expected")
-                yield number, item
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def need_folder(path: Path, what: str) -> Path:
-    """The path, if it is a folder. Raises UserError."""
-    if not path.is_dir():
-        raise UserError(f"no such folder: {path}; it should have {what}")
-    return path
-
-
-def in_order(pool: Executor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
-    """`map` over the pool, in order, with at most `window` items under way."""
-    waiting: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= window:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-class _Checked(NamedTuple):
-    split: str
-    result: Sample | SampleError
-    dropped: Counter[str]
-
-
-def _checked(records: Iterable[Record]) -> Iterator[_Checked]:
-    """Each record read, parsed and decoded, in order. Threads: Pillow decodes without the GIL."""
-    seen: set[str] = set()
-
-    def marked() -> Iterator[tuple[Record, bool]]:
-        for record in records:
-            yield record, record.key in seen
-            seen.add(record.key)
-
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        yield from in_order(pool, _check, marked(), window=8 * workers)
-
-
-def _check(item: tuple[Record, bool]) -> _Checked:
-    record, repeated = item
-    dropped: Counter[str] = Counter()
-    try:
-        if repeated:
-            raise SampleError(record.key, DUPLICATE_KEY)
-        return _Checked(record.split, _sample_of(record, dropped), dropped)
-    except SampleError as error:
-        return _Checked(record.split, error, dropped)
-
-
-def _sample_of(record: Record, dropped: Counter[str]) -> Sample:
-    """The sample as it is written: size true, picture whole and in a format of the shards."""
-    try:
-        data = record.image if isinstance(record.image, bytes) else record.image.read_bytes()
-    except OSError as error:
-        raise SampleError(record.key, NO_FILE, f"{error.filename}: {error.strerror}") from error
-    sample = parse_sample(record.key, data, record.meta, dropped)
-    image = decode_image(sample)
-    sample = replace(sample, width=image.width, height=image.height)  # equal, where there are boxes
-    if image_extension(data) is None:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        sample = replace(sample, image=buffer.getvalue())
-    return sample
-
-
-def _check_splits(found: set[str], asked: Sequence[str] | None, out: Path, overwrite: bool) -> None:
-    """Before the first picture is read: every split asked for is there, and its folder is free."""
-    for split in asked or ():
-        if split not in found:
+def _count(records: Iterable[Record], splits: Sequence[str] | None) -> dict[str, int]:
+    """Split → its records. Raises UserError for a split that is not there, and a name that cannot be one."""
+    counts = dict(Counter(record.split for record in records))
+    for split in splits or ():
+        if split not in counts:
             raise UserError(f"the source has no split {split!r}: leave out --splits to see all")
-    for split in sorted(found):
-        check_split_dir(out / split, overwrite=overwrite)
+    for split in counts:
+        check_split_name(split)
+    return counts
+
+
+def _tasks(records: Iterable[Record], shard_size: int) -> Iterator[Task]:
+    """The shards, each when its last record is there."""
+    seen: set[str] = set()
+    filling: dict[str, Task] = {}
+    for record in records:
+        split = record.split
+        task = filling.setdefault(split, Task(split, 0, [], []))
+        if record.key in seen:
+            task.repeated.append(len(task.records))
+        seen.add(record.key)
+        task.records.append(record)
+        if len(task.records) == shard_size:
+            yield task
+            filling[split] = Task(split, task.number + 1, [], [])
+    yield from (task for task in filling.values() if task.records)
+
+
+def _follow(made: Iterable[ShardAccount], books: _Books, max_broken: float) -> None:
+    """Books the shards as they come. Raises UserError when too much is broken."""
+    with Progress("prepare", books.records) as progress:
+        for shard in made:
+            books.add(shard)
+            if shard.kept:
+                progress.first += shard.read  # no work: it says nothing of the time left
+                progress.note = f"{books.kept.total()} shards kept"
+            progress.advance(shard.read)
+            check_broken(books.tally, books.records, max_broken)
+
+
+@contextmanager
+def _disk_full(out: Path, books: _Books, folders: Mapping[str, SplitFolder]) -> Iterator[None]:
+    """Makes a UserError of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        finished = sum(folder.finished() for folder in folders.values())
+        needed = ""
+        if books.bytes:
+            left = books.bytes / books.done * (books.shards - finished)
+            needed = f", about {left / 1e9:.2g} GB more are needed"
+        raise UserError(
+            f"cannot write {error.filename or out}: {error.strerror}; {finished} of {books.shards} shards are finished "
+            f"and kept{needed}: make room and run the same command again"
+        ) from error
+
+
+def _in_no_split(outside: Tally) -> str:
+    return "".join(f" ({text})" for text in describe(outside.skipped, outside.examples))
+
+
+def _notes_of_splits(outside: Tally, named: SplitBy) -> list[str]:
+    notes = [f"left out: {text}" for text in describe(outside.skipped, outside.examples)]
+    if unused := named.unused():
+        more = ", …" if len(unused) > 3 else ""
+        notes.append(f"not in the source: {len(unused)} listed names: {', '.join(unused[:3])}{more}")
+    return notes
