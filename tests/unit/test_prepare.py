@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from mmgem.data.prepare import FORMATS, prepare_jsonl
-from mmgem.data.prepare.scenes import prepare_scenes
 from mmgem.data.prepare.reading import Record, safe_key
+from mmgem.data.prepare.scenes import prepare_scenes
 from mmgem.data.prepare.writing import WriteOptions, prepare
 from mmgem.data.samples import Region, decode_image
 from mmgem.data.scenes import render_scene

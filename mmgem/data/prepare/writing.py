@@ -266,7 +266,7 @@ def _disk_full(out: Path, books: _Books, folders: Mapping[str, SplitFolder]) -> 
         needed = ""
         if books.bytes:
             left = books.bytes / books.done * (books.shards - finished)
-            needed = f", about {left / 1e9:.2g} GB more are needed"
+            needed = f", about {left / 1e6:,.0f} MB more are needed"
         raise UserError(
             f"cannot write {error.filename or out}: {error.strerror}; {finished} of {books.shards} shards are finished "
             f"and kept{needed}: make room and run the same command again"
