@@ -61,7 +61,8 @@ class Encoder(Protocol):
 class Dataset(Protocol):
     """The part of ShardedDataset that is used here."""
 
-    keys: list[str]
+    @property
+    def keys(self) -> list[str]: ...
 
     def __len__(self) -> int: ...
 
