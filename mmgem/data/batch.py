@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,7 +118,7 @@ class Collate:
         write += [number < self.write_phrases for item in good for number in range(len(item.phrases))]
         return Batch(
             keys=[item.key for item in good],
-            pictures=torch.stack([item.picture for item in good]),
+            pictures=_stack([item.picture for item in good]),
             texts=pack_texts(ids, self.codec, self.row_tokens, embed=self.embed, write=write),
             text_vector_M=_long([*caption_image, *range(len(good), len(good) + len(phrases))]),
             boxes_R4=torch.cat([item.boxes_R4 for item in good]),
@@ -130,6 +131,12 @@ class Collate:
             texts_cut=sum(cut),
             broken=broken,
         )
+
+
+def _stack(pictures: list[Tensor]) -> Tensor:
+    # NumPy asks for huge pages where torch does not: a batch's memory is then there several times as fast.
+    stacked = torch.from_numpy(np.empty((len(pictures), *pictures[0].shape), np.float32))
+    return torch.stack(pictures, out=stacked)
 
 
 def _long(values: Sequence[int]) -> Tensor:

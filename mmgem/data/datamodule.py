@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmgem.config import DataConfig, StageConfig
 from mmgem.data.batch import Batch, Broken, Collate, Item
 from mmgem.data.order import Order, draws
-from mmgem.data.samples import SampleError, decode_image
+from mmgem.data.samples import OpenedPicture, SampleError
 from mmgem.data.sources import Sources
-from mmgem.data.transforms import View, draw_view, plain_view
+from mmgem.data.transforms import View, draw_view, plain_view, view_picture
 from mmgem.errors import UserError
 from mmgem.images import Preprocess
 from mmgem.text import TextCodec
@@ -101,9 +101,9 @@ class Reader(Dataset):
         sample = self.dataset.sample(index)
         if self.cache is None:
             rng = draws(self.seed, epoch, index, VIEW)
-            image = decode_image(sample)
-            view = draw_view(self.data, self.preprocess, *image.size, rng)
-            picture = view.picture(image, self.preprocess)
+            opened = OpenedPicture(sample)
+            view = draw_view(self.data, self.preprocess, *opened.size, rng)
+            picture = view_picture(opened, view, self.preprocess, scaled=self.data.scaled_decoding)
         else:
             number = int(draws(self.seed, epoch, index, VIEW).integers(self.stage.cached_views))
             view = cached_view(self.data, self.preprocess, self.seed, index, number, sample.width, sample.height)

@@ -118,7 +118,7 @@ def open_validation_data(data: DataConfig) -> ShardedDataset | None:
 def open_split(data: DataConfig, path: str, split: str) -> ShardedDataset:
     """The split of a dataset, or the dataset itself where it is one split. Raises UserError."""
     location = split_location(path, split)
-    store = open_store(location)
+    store = open_store(location, cache_dir=data.shard_cache, cache_gb=data.shard_cache_gb)
     dataset = ShardedDataset(location, store=store, verify=data.verify)
     if not len(dataset):
         raise UserError(f"{dataset.name}: no samples")
