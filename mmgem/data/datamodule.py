@@ -76,17 +76,18 @@ class Reader(Dataset):
     def _first_good(self, position: int, epoch: int, sample: int) -> list[Item | Broken]:
         """The item of the first position from this one on that can be read, after what could not be."""
         broken: list[Item | Broken] = []
-        while len(broken) < self.MOST_IN_A_ROW:
+        while True:
             try:
                 return [*broken, self._item(epoch, sample)]
             except SampleError as e:
                 broken.append(Broken(e.key, e.reason, e.detail, e.shard))
+                if len(broken) == self.MOST_IN_A_ROW:
+                    raise UserError(
+                        f"{self.dataset.name}: {len(broken)} samples in a row are broken, the last: {e}; "
+                        "look at the data with `mmgem data check`"
+                    ) from e
             position += 1
             epoch, sample = self.order.at(position)
-        raise UserError(
-            f"{self.dataset.name}: {len(broken)} positions in a row hold broken samples, the last: {broken[-1]}; "
-            "look at the data with `mmgem data check`"
-        )
 
     def _prefetch(self, positions: Sequence[int]) -> None:
         """Says which shards are needed now and, one window on, next."""

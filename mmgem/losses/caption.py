@@ -24,4 +24,4 @@ def caption_loss(logits_TV: Tensor, labels_T: Tensor, label_smoothing: float = 0
         return F.cross_entropy(at_least_fp32(logits_TV), labels_T, label_smoothing=label_smoothing)
     tokens = sum_over_ranks(labels_T.new_tensor(len(labels_T)))
     total = F.cross_entropy(at_least_fp32(logits_TV), labels_T, label_smoothing=label_smoothing, reduction="sum")
-    return total * (ranks() / tokens.clamp(min=1))
+    return total * ranks() / tokens.clamp(min=1)

@@ -1,28 +1,15 @@
-"""One small dataset and one finished tiny run, shared by the end-to-end tests."""
+"""One finished tiny run, shared by the end-to-end tests."""
 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import pytest
 from tiny import Finished, Tiny, run
 
-from mmgem.cli import main
-
 # transformers logs to the stderr that it found when it was imported; pytest has closed that one since.
 logging.raiseExceptions = False
-# Nothing downloads in tests; a hub id is an error at once and not after a time-out.
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    out = tmp_path_factory.mktemp("data") / "tiny"
-    counts = ["--train", "96", "--val", "24", "--test", "24", "--size", "64"]
-    assert main(["data", "prepare", "scenes", "--out", str(out), *counts, "--processes", "1"]) == 0
-    return Tiny(out)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from tiny import CONFIG, Tiny, break_samples, figures, run
+from tiny import CONFIG, Tiny, break_samples, figures, read_lines, run
 
 from mmgem.cli import main
 from mmgem.data.samples import Sample
@@ -58,10 +58,10 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert done.err.splitlines()[-1].startswith(f"mmgem: error: {tmp_path}/none.yaml")
 
 
-def test_more_ranks_than_one(tiny: Tiny, tmp_path: Path) -> None:
+def test_half_an_environment_of_ranks(tiny: Tiny, tmp_path: Path) -> None:
     done = run(*tiny.arguments(tmp_path / "run", SHORT), WORLD_SIZE="2")
     assert done.code == 2 and done.err.count("\n") == 1
-    assert "one process" in done.err and "without torchrun" in done.err
+    assert "RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set" in done.err and "torchrun" in done.err
     assert not (tmp_path / "run").exists()
 
 
@@ -77,7 +77,7 @@ def test_more_ranks_than_one(tiny: Tiny, tmp_path: Path) -> None:
         ("model.embed_dim=many", ["model.embed_dim", "many"]),
         ("stages.7.lr=1", ["stages.7.lr=1", "0 … 1"]),
         ("stages.0.lr_scale.eyes=1", ["stages.0 (global)", "eyes", "vision, llm, projections"]),
-        ("stages.0.epochs=1", ["stages.0 (global)", "samples or epochs"]),
+        ("stages.0.epochs=1", ["stages.0 (global)", "samples, steps or epochs"]),
         ("stages.0.global_batch=1", ["global_batch must be at least 2"]),
         ("data.row_tokens=32", ["data.row_tokens=32", "at least 99"]),
         ("stages.1.patch_dropout=0.5", ["stages.1 (fine-grained)", "patch_dropout", "max_regions"]),
@@ -270,12 +270,13 @@ def test_data_that_are_missing(tiny: Tiny, tmp_path: Path, capsys: Capture) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_a_shard_that_is_cut(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
+def test_the_only_shard_is_cut(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
     data = Path(shutil.copytree(tiny.data, tmp_path / "data"))
     shard = data / "train/shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-2000])
     message = refused(capsys, *Tiny(data).arguments(tmp_path / "run"))
-    assert str(shard) in message and "truncated" in message
+    assert "samples in a row are broken" in message and f"shard {shard}: shard cut short" in message
+    assert "mmgem data check" in message
 
 
 def rewritten(tiny: Tiny, out: Path, change: Callable[[Sample], Sample]) -> Tiny:
@@ -331,22 +332,28 @@ def test_broken_pictures_are_skipped_counted_and_named(tiny: Tiny, tmp_path: Pat
     data = break_samples(tiny, tmp_path / "data", [5, 70])
     keys = ShardedDataset(tiny.data / "train").keys
     for workers in ("0", "2"):
+        run = tmp_path / workers
         capsys.readouterr()
-        assert data.train(tmp_path / workers, SHORT, f"data.workers={workers}") == 0
+        assert data.train(run, SHORT, f"data.workers={workers}", "training.log_keys=true") == 0
         err = capsys.readouterr().err
         for number in (5, 70):
             assert err.count(f"skipped sample {keys[number]}: broken image") == 1
-        assert "2 of 96 samples were broken and left out" in err
-        assert len(figures(tmp_path / workers)) == 6
+        assert f"2 broken samples were replaced; named in {run}/broken.jsonl" in err
+        assert sorted(line["key"] for line in read_lines(run / "broken.jsonl")) == [keys[5], keys[70]]
+        assert sum(line["broken"] for line in figures(run)) == 2
+        seen = [key for line in read_lines(run / "keys.jsonl") for key in line["keys"]]
+        assert len(seen) == 96 and set(seen) == set(keys) - {keys[5], keys[70]}
+    assert figures(tmp_path / "0") == figures(tmp_path / "2")
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_too_many_broken_pictures_stop_the_run(tiny: Tiny, tmp_path: Path, capsys: Capture, workers: str) -> None:
     data = break_samples(tiny, tmp_path / "data", list(range(0, 96, 3)))
     message = refused(capsys, *data.arguments(tmp_path / "run", SHORT, f"data.workers={workers}"))
-    assert "samples are broken, more than data.max_broken=0.01" in message
-    assert "train-0000" in message and "raise the share" in message
-    assert 1 <= len(figures(tmp_path / "run")) < 6
+    assert "samples are broken, more than data.max_broken=0.001" in message
+    assert f"named in {tmp_path}/run/broken.jsonl" in message and "raise the share" in message
+    assert len(figures(tmp_path / "run")) < 6
+    assert len(read_lines(tmp_path / "run/broken.jsonl")) >= 10
     assert data.train(tmp_path / "run", SHORT, "data.max_broken=0.5") == 0, "with a higher share it goes"
 
 
@@ -354,8 +361,8 @@ def test_too_many_broken_pictures_stop_the_run(tiny: Tiny, tmp_path: Path, capsy
 def test_nothing_but_broken_pictures(tiny: Tiny, tmp_path: Path, capsys: Capture, workers: str) -> None:
     data = break_samples(tiny, tmp_path / "data", list(range(96)))
     message = refused(capsys, *data.arguments(tmp_path / "run", SHORT, f"data.workers={workers}"))
-    assert message.startswith("all 16 samples of a batch are broken, the first: train-0000")
-    assert message.endswith("broken image") and "Traceback" not in message
+    assert message.startswith(f"{data.data}/train: 1000 samples in a row are broken, the last: sample train-0000")
+    assert message.endswith("broken image; look at the data with `mmgem data check`")
     message = refused(capsys, *data.arguments(tmp_path / "run", SHORT, "model.vision.standardise=true"))
     assert message.startswith(f"{data.data}/train: no readable picture among 96 samples")
 

@@ -19,6 +19,7 @@ from mmgem.cli import main
 from mmgem.config import Config, load_config
 from mmgem.data.samples import decode_image
 from mmgem.data.shards import ShardedDataset
+from mmgem.data.sources import Sources
 from mmgem.model import MMGem
 from mmgem.text import train_tokenizer
 from mmgem.training.features import FeatureCache, feature_cache
@@ -74,13 +75,14 @@ def test_a_tower_of_one_size_is_refused_another(
     assert "stage only: image_size=96: the tower is built for pictures of 64" in capsys.readouterr().err
 
 
-def build(tiny: Tiny, *overrides: str) -> tuple[Config, MMGem, ShardedDataset]:
+def build(tiny: Tiny, *overrides: str) -> tuple[Config, MMGem, Sources]:
     config = load_config(CONFIG, [CUT, f"data.path={tiny.data}", *overrides])
     torch.manual_seed(0)
-    return config, MMGem(config.model, train_tokenizer(["a ball"], 300, True)), ShardedDataset(tiny.data / "train")
+    model = MMGem(config.model, train_tokenizer(["a ball"], 300, True))
+    return config, model, Sources([ShardedDataset(tiny.data / "train")])
 
 
-def cache_of(config: Config, model: MMGem, dataset: ShardedDataset, root: Path, views: int = 1) -> FeatureCache:
+def cache_of(config: Config, model: MMGem, dataset: Sources, root: Path, views: int = 1) -> FeatureCache:
     preprocess, device = model.preprocess, torch.device("cpu")
     return feature_cache(model.vision, preprocess, dataset, config.data, config.seed, views, root, device)
 

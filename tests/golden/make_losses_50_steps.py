@@ -1,4 +1,4 @@
-"""Makes losses_50_steps.json: the losses of 25 + 25 steps of tests/end_to_end/tiny.yaml, both stages, on scenes.
+"""Makes losses_50_steps.json: the losses of 25 + 25 steps of tests/tiny.yaml, both stages, on scenes.
 
     python tests/golden/make_losses_50_steps.py
 
@@ -16,7 +16,7 @@ from typing import Any
 from mmgem.cli import main
 
 OUT = Path(__file__).with_name("losses_50_steps.json")
-CONFIG = Path(__file__).parents[1] / "end_to_end/tiny.yaml"
+CONFIG = Path(__file__).parents[1] / "tiny.yaml"
 SCENES = ["--train", "96", "--val", "24", "--test", "24", "--size", "64", "--processes", "1"]
 
 

@@ -13,51 +13,102 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import build
 
 from mmgem.config import Config, LlmConfig, ModelConfig, StageConfig, VisionConfig, load_config
 from mmgem.data.batch import Broken
 from mmgem.errors import UserError
 from mmgem.training.callbacks import BrokenSamples
 from mmgem.training.checkpoint import RunFolder, RunState, read_state, state_tree
+from mmgem.training.module import StageModule
+from mmgem.training.ranks import Ranks
 from mmgem.training.signals import SIGNALS, Stopped, stop_if_asked, stopping_at_once
 
 # --- broken samples --------------------------------------------------------------------------------
 
 
-def feed(counter: BrokenSamples, good: int, *broken: str) -> None:
-    batch: Any = SimpleNamespace(keys=["k"] * good, broken=[Broken(key, "broken image") for key in broken])
+def counter_of(folder: RunFolder, max_broken: float) -> BrokenSamples:
+    folder.path.mkdir(exist_ok=True)
+    return BrokenSamples(folder, max_broken, "one", 100, Ranks())
+
+
+def module(global_batch: int) -> Any:
+    model = build()
+    return StageModule(model, StageConfig(samples=global_batch, global_batch=global_batch), 0, 1, 0)
+
+
+def feed(counter: BrokenSamples, global_batch: int, step: int, *broken: Broken) -> None:
+    batch: Any = SimpleNamespace(broken=list(broken))
     nothing: Any = None
-    counter.on_train_batch_end(nothing, nothing, None, batch, 0)
+    counter.on_train_batch_end(nothing, module(global_batch), None, batch, step)
 
 
-def test_each_broken_sample_is_named_once_and_counted_each_time(capsys: pytest.CaptureFixture[str]) -> None:
-    counter = BrokenSamples(0.5)
-    feed(counter, 14, "a", "b")
-    feed(counter, 15, "a")
+def test_each_broken_sample_is_named_once_and_counted_each_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    counter = counter_of(folder, 0.5)
+    a, b = Broken("a", "broken image", "why"), Broken("b", "broken image")
+    feed(counter, 16, 0, a, b)
+    assert counter.in_step == 2
+    feed(counter, 16, 1, a)
+    assert counter.in_step == 1
+    feed(counter, 16, 2)
+    assert counter.in_step == 0 and counter.broken == 3
     nothing: Any = None
     counter.teardown(nothing, nothing, "fit")
-    err = capsys.readouterr().err.splitlines()
-    assert err == [
+    assert capsys.readouterr().err.splitlines() == [
         "skipped sample a: broken image",
         "skipped sample b: broken image",
-        "3 of 32 samples were broken and left out",
+        f"3 broken samples were replaced; named in {folder.broken}",
     ]
+    named = {"step": 101, "stage": "one", "reason": "broken image", "shard": None, "dropped": False}
+    assert folder.lines(folder.broken) == [{**named, "key": "a", "detail": "why"}, {**named, "key": "b", "detail": ""}]
 
 
-def test_a_few_are_bad_luck(capsys: pytest.CaptureFixture[str]) -> None:
-    counter = BrokenSamples(0.01)
-    feed(counter, 7, *(f"k{i}" for i in range(9)))
-    assert counter.broken.total() == 9, "far more than one in a hundred, but fewer than ten"
-    with pytest.raises(UserError, match=r"10 of 17 samples are broken, more than data.max_broken=0.01; .*k0, k1"):
-        feed(counter, 0, "k9")
-    assert capsys.readouterr().err.count("skipped") == 10
+def test_a_shard_is_named_once_for_all_its_samples_and_a_dropped_part_is_no_broken_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    counter = counter_of(folder, 0.5)
+    of_shard = [Broken(key, "shard cut short", shard="x.tar") for key in "abc"]
+    feed(counter, 16, 0, *of_shard, Broken("d", "box without area", dropped=True))
+    assert counter.broken == 3
+    assert capsys.readouterr().err.splitlines() == [
+        "skipped shard x.tar: shard cut short",
+        "left out of sample d: box without area",
+    ]
+    assert [(line["key"], line["shard"]) for line in folder.lines(folder.broken)] == [("", "x.tar"), ("d", None)]
 
 
-def test_the_share_is_what_counts() -> None:
-    counter = BrokenSamples(0.25)
-    feed(counter, 30, *(f"k{i}" for i in range(10)))
+def test_a_resumed_run_goes_on_counting_and_names_nothing_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    a = Broken("a", "broken image")
+    feed(counter_of(folder, 0.5), 16, 0, a)
+    folder.log.write_text('{"stage": "one", "broken": 1}\n{"stage": "two", "broken": 7}\n')
+    again = counter_of(folder, 0.5)
+    assert again.broken == 1, "what the log says of this stage"
+    feed(again, 16, 1, a)
+    assert again.broken == 2 and len(folder.lines(folder.broken)) == 1
+    assert capsys.readouterr().err.count("skipped") == 1
+
+
+def test_a_few_are_bad_luck(tmp_path: Path) -> None:
+    counter = counter_of(RunFolder(tmp_path / "run"), 0.01)
+    feed(counter, 8, 0, *(Broken(f"k{i}", "broken image") for i in range(9)))
+    assert counter.broken == 9, "far more than one in a hundred, but fewer than ten"
+    with pytest.raises(UserError, match=r"10 of 26 samples are broken, more than data.max_broken=0.01; .*broken.jsonl"):
+        feed(counter, 8, 1, Broken("k9", "broken image"))
+
+
+def test_the_share_is_what_counts(tmp_path: Path) -> None:
+    """Of all that were read: those of the steps and those that they replaced."""
+    counter = counter_of(RunFolder(tmp_path / "run"), 0.25)
+    feed(counter, 30, 0, *(Broken(f"k{i}", "broken image") for i in range(10)))
     with pytest.raises(UserError, match="11 of 41"):
-        feed(counter, 0, "one more")
+        feed(counter, 30, 0, Broken("one more", "broken image"))
 
 
 # --- signals -----------------------------------------------------------------------------------------

@@ -126,12 +126,12 @@ def test_empty_captions_and_phrases_are_dropped_and_counted():
         ([10, 5, 10, 9], "box without area"),
         ([10, 9, 5, 12], "box without area"),
         ([5, 9, 8, 9], "box without area"),
-        ([0, 0, float("nan"), 10], "box without area"),
-        ([0, 0, float("inf"), 10], "box without area"),
-        ([0, 0, 10**400, 10], "box without area"),
-        ([0, 0, 10], "box without area"),
-        (["a", 0, 10, 10], "box without area"),
-        (None, "box without area"),
+        ([0, 0, float("nan"), 10], "box is not four numbers"),
+        ([0, 0, float("inf"), 10], "box is not four numbers"),
+        ([0, 0, 10**400, 10], "box is not four numbers"),
+        ([0, 0, 10], "box is not four numbers"),
+        (["a", 0, 10, 10], "box is not four numbers"),
+        (None, "box is not four numbers"),
     ],
 )
 def test_boxes_are_clipped_or_dropped_and_counted(box: object, expected: object):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from eval_standin import COLOURS, ColourModel
 from PIL import Image
+from spoil import break_pictures
 
 from mmgem.data.samples import Region, Sample
 from mmgem.data.shards import ShardedDataset
@@ -69,16 +70,6 @@ def encoded_of(dataset, model=None, **options):
     return encode_dataset(model or ColourModel(), dataset, progress=False, **options)
 
 
-def break_picture(data, key):
-    """Overwrites the middle of one picture within its tar."""
-    split = data / "test"
-    shard = json.loads((split / "index.json").read_text())["shards"][0]
-    offset, size = shard["members"][key]["png"]
-    with (split / shard["path"]).open("r+b") as file:
-        file.seek(offset)
-        file.write(b"\0" * size)
-
-
 # --- encoding --------------------------------------------------------------------------------
 
 
@@ -133,7 +124,7 @@ def test_texts_and_regions_are_left_out_on_wish(dataset):
 
 
 def test_a_broken_picture_is_skipped_counted_and_named(data):
-    break_picture(data, "b")
+    break_pictures(data / "test", ["b"])
     dataset = ShardedDataset(data / "test")
     encoded = encoded_of(dataset)
     assert encoded.keys == ["a", "c", "d"] and encoded.positions == [0, 2, 3]
@@ -144,8 +135,7 @@ def test_a_broken_picture_is_skipped_counted_and_named(data):
 
 
 def test_too_many_broken_pictures_stop_the_work(data):
-    break_picture(data, "b")
-    break_picture(data, "c")
+    break_pictures(data / "test", ["b", "c"])
     dataset = ShardedDataset(data / "test")
     with pytest.raises(UserError, match=r"2 of 4 samples are broken.*sample b.*; prepare .* `mmgem data prepare`$"):
         encoded_of(dataset)
@@ -154,7 +144,7 @@ def test_too_many_broken_pictures_stop_the_work(data):
 
 def test_a_split_without_a_readable_picture_is_an_error(tmp_path):
     data = write_split(tmp_path / "data", SAMPLES[:1])
-    break_picture(data, "a")
+    break_pictures(data / "test", ["a"])
     with pytest.raises(UserError, match=r"no readable image among 1 samples.*sample a.*; prepare .*data prepare`$"):
         encoded_of(ShardedDataset(data / "test"))
 
@@ -388,7 +378,7 @@ def test_several_models_and_tasks_give_a_list_with_names(data, tmp_path):
 
 
 def test_the_report_shows_the_right_pictures_past_a_broken_one(data, tmp_path):
-    break_picture(data, "a")
+    break_pictures(data / "test", ["a"])
     evaluate({"m": ColourModel()}, data, "test", ["captioning"], tmp_path / "out", options=OPTIONS)
     text = (tmp_path / "out" / "report.html").read_text()
     uris = re.findall(r'base64,([^"]+)"', text)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import TEXTS, build, cnn, model_config, sample, shared_model, write_split
+from spoil import break_pictures
 
 from mmgem.data.samples import Region, decode_image
 from mmgem.data.shards import ShardedDataset
@@ -22,12 +22,7 @@ Capture = pytest.CaptureFixture[str]
 def broken_split(folder: Path, keys: list[str]) -> Path:
     """Four samples in one tar; the pictures of these keys are no pictures any more."""
     split = write_split(folder, [sample(i) for i in range(4)])
-    (shard,) = json.loads((split / "index.json").read_text())["shards"]
-    with (split / shard["path"]).open("r+b") as file:
-        for key in keys:
-            offset, size = shard["members"][key]["jpg"]
-            file.seek(offset)
-            file.write(b"\0" * size)
+    break_pictures(split, keys)
     return split
 
 

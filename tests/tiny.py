@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spoil import break_pictures, members_of
 
 from mmgem.cli import main
 
@@ -111,11 +112,6 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], pref
 def break_samples(tiny: Tiny, out: Path, numbers: list[int]) -> Tiny:
     """A copy of the dataset in which these training pictures are no pictures any more (same size, other bytes)."""
     shutil.copytree(tiny.data, out)
-    index = json.loads((out / "train/index.json").read_text())
-    members = [(s["path"], files["jpg"]) for s in index["shards"] for files in s["members"].values()]
-    for number in numbers:
-        name, (offset, size) = members[number]
-        with (out / "train" / name).open("r+b") as file:
-            file.seek(offset)
-            file.write(b"\0" * size)
+    keys = [key for _, key, _ in members_of(out / "train")]
+    break_pictures(out / "train", [keys[number] for number in numbers])
     return Tiny(out)

@@ -1,0 +1,128 @@
+"""A run that is killed anywhere, and goes on, on whatever number of ranks, is the run that was never stopped.
+
+The ranks are real processes over gloo, started as a scheduler would start them, and killed with SIGKILL.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from tiny import Finished, Process, Tiny, figures, read_lines, same_bits, weights
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+STEPS = 120
+LENGTH = ("stages.0.samples=960", "stages.1.samples=960")
+"""60 steps of each stage."""
+SETTINGS = (*LENGTH, "training.log_keys=true", "data.flip=0.5", "data.crop_scale=[0.5,1.0]", "data.color_jitter=0.2")
+OFTEN = "training.checkpoint_every=4"
+
+# What makes sums over ranks differ from sums over one is rounding alone: without it, nothing is left to grow. Llama's
+# layers round to fp32 whatever they are given (RMSNorm, rotary positions), GPT-2's do not. A trained batch norm counts
+# over a rank's own pictures, and dropout draws for each rank.
+FP64 = (
+    "training.precision=64",
+    "model.vision.frozen_statistics=true",
+    "model.llm.config={model_type: gpt2, n_embd: 64, n_layer: 2, n_head: 2, n_positions: 128, "
+    "resid_pdrop: 0, embd_pdrop: 0, attn_pdrop: 0, tie_word_embeddings: true}",
+)
+
+
+class Job:
+    """The ranks of one run."""
+
+    def __init__(self, tiny: Tiny, run: Path, count: int, *settings: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        arguments = tiny.arguments(run, *SETTINGS, *settings, resume="auto")[1:]
+        self.run = run
+        self.ranks = [
+            Process(
+                *arguments,
+                script=TRAIN,
+                **{"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+            )
+            for rank in range(count)
+        ]
+
+    def wait(self) -> list[Finished]:
+        return [rank.wait() for rank in self.ranks]
+
+    def kill_after(self, step: int) -> None:
+        self.ranks[0].wait_for_lines(self.run / "log.jsonl", step)
+        self.kill()
+
+    def kill(self) -> None:
+        """All ranks, and their workers."""
+        assert self.ranks[0].popen.poll() is None, "it has ended before it could be killed"
+        for rank in self.ranks:
+            rank.signal(signal.SIGKILL, group=True)
+        assert {done.code for done in self.wait()} == {-signal.SIGKILL}
+
+
+def finish(tiny: Tiny, run: Path, count: int, *settings: str) -> None:
+    for done in Job(tiny, run, count, *settings).wait():
+        assert done.code == 0, done.err
+
+
+def keys(run: Path) -> list[list[str]]:
+    return [line["keys"] for line in read_lines(run / "keys.jsonl")]
+
+
+def test_killed_twenty_times(tiny: Tiny, tmp_path: Path) -> None:
+    """At random moments of starting, training and saving, with and without workers: not a digit differs."""
+    begun = time.monotonic()
+    unbroken = Job(tiny, tmp_path / "unbroken", 1, OFTEN)
+    unbroken.ranks[0].wait_for_lines(tmp_path / "unbroken/log.jsonl", 1)
+    start = time.monotonic() - begun
+    assert unbroken.wait()[0].code == 0
+    run, chance, reached = tmp_path / "run", random.Random(0), []
+    log = run / "log.jsonl"
+    for number in range(20):
+        job = Job(tiny, run, 1, OFTEN, f"data.workers={chance.choice([0, 0, 2])}")
+        if number % 4 == 3:
+            time.sleep(chance.uniform(0, start))
+        else:
+            # So many steps further, and somewhere in the next one, or in the saving of a checkpoint before it.
+            job.ranks[0].wait_for_lines(log, max(reached, default=0) + chance.randint(1, 7))
+            time.sleep(chance.uniform(0, 0.05))
+        job.kill()
+        reached.append(log.read_bytes().count(b"\n") if log.is_file() else 0)
+    print("killed after steps", reached)
+    assert 60 < max(reached) < STEPS
+    finish(tiny, run, 1, OFTEN)
+    assert keys(run) == keys(tmp_path / "unbroken") and len(keys(run)) == STEPS
+    assert figures(run) == figures(tmp_path / "unbroken")
+    assert same_bits(weights(run / "model"), weights(tmp_path / "unbroken/model"))
+
+
+def test_one_two_four_and_one_rank_in_turn(tiny: Tiny, tmp_path: Path) -> None:
+    finish(tiny, tmp_path / "unbroken", 1, *FP64)
+    run = tmp_path / "run"
+    for count, kill_after in ((1, 35), (2, 64), (4, 93)):
+        Job(tiny, run, count, *FP64).kill_after(kill_after)
+    finish(tiny, run, 1, *FP64)
+    assert keys(run) == keys(tmp_path / "unbroken") and len(keys(run)) == STEPS
+    pairs = list(zip(figures(run), figures(tmp_path / "unbroken"), strict=True))
+    names = [name for name in pairs[-1][0] if name.startswith("loss")]
+    differences = [abs(ours[n] - theirs[n]) for ours, theirs in pairs for n in names if ours.get(n) is not None]
+    print(f"largest difference of a loss: {max(differences):.2g}")
+    assert max(differences) < 1e-6
+    assert any(differences), "on several ranks the sums are taken in another order: equal digits would be no such run"
+
+
+def test_what_each_step_sees_is_the_same_on_four_ranks(tiny: Tiny, tmp_path: Path) -> None:
+    """In fp32, with the method's own layers: the same samples, and a first loss that differs by rounding alone."""
+    settings = ("model.vision.frozen_statistics=true", "stages.0.samples=160", "stages.1.samples=160")
+    for ranks in (1, 4):
+        finish(tiny, tmp_path / str(ranks), ranks, *settings)
+    assert keys(tmp_path / "1") == keys(tmp_path / "4") and len(keys(tmp_path / "1")) == 20
+    one, four = figures(tmp_path / "1"), figures(tmp_path / "4")
+    assert four[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert [line["regions"] for line in four] == [line["regions"] for line in one]
