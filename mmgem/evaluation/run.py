@@ -6,6 +6,7 @@ data, and tasks on data without the regions or captions they need, all before a 
 """
 
 import functools
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,8 @@ def _about(
     if encoded.skipped:
         named = "; ".join(encoded.skipped[:3]) + (" …" if len(encoded.skipped) > 3 else "")
         shown.append(("Skipped", f"{len(encoded.skipped)} broken: {named}"))
+    if run is not None and (broken := describe_broken(run / "broken.jsonl")):
+        shown.append(("Broken in the training data", broken))
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
     return About(
         title=title or f"mmgem · {run.name if run is not None else options.data}",
@@ -186,6 +189,20 @@ def _about(
         log=run / "log.jsonl" if run is not None else None,
         footer=f"Made by {packages}.",
     )
+
+
+def describe_broken(file: Path) -> str:
+    """What a run met of broken data, by what became of it: how many, and the first few by name."""
+    found: dict[str, list[str]] = {}
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        line = json.loads(text)
+        fate = "parts of samples left out" if line.get("dropped") else "samples and shards replaced"
+        name = line["key"] or Path(line["shard"]).name
+        found.setdefault(fate if line["step"] else "left out by the index", []).append(f"{name}: {line['reason']}")
+    said = [
+        f"{fate}: {len(names):,} ({', '.join(names[:3])}{', …' * (len(names) > 3)})" for fate, names in found.items()
+    ]
+    return "; ".join([*said, f"all are named in {file.name}"]) if said else ""
 
 
 def describe_config(text: str) -> list[tuple[str, str]]:
@@ -213,6 +230,7 @@ def describe_config(text: str) -> list[tuple[str, str]]:
     for stage in tree.get("stages") or []:
         said = _listed(
             ("{:,} samples", stage.get("samples")),
+            ("{:,} steps", stage.get("steps")),
             ("{:g} epochs", stage.get("epochs")),
             ("global batch {}", stage.get("global_batch")),
             ("at most {} regions an image", stage.get("max_regions")),
