@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import re
 import types
 import typing
 from dataclasses import field
@@ -20,12 +19,10 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from mmgem.config_rules import contradictions
 from mmgem.errors import UserError, one_line
 
 _STRICT = ConfigDict(extra="forbid")
-
-PARTS = ("vision", "llm", "projections")
-"""What can be frozen and given a learning rate. `projections`: h1, h2, h3, [EMB], [CAP] and logit_scale."""
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -266,7 +263,8 @@ def config_from_tree(tree: dict[str, Any], source: str) -> Config:
         first = e.errors()[0]
         place = ".".join(str(p) for p in first["loc"] if not str(p).startswith("function-"))
         raise UserError(f"{source}: {place}: {first['msg']} (given: {first['input']!r})") from None
-    _check(config, source)
+    for message in contradictions(config):
+        raise UserError(f"{source}: {message}")
     return config
 
 
@@ -379,129 +377,3 @@ def _dataclass_of(hint: Any) -> tuple[Any, bool]:
             if dataclasses.is_dataclass(arg):
                 return arg, False
     return None, False
-
-
-# --- what does not fit together ------------------------------------------------------------------------------------
-
-
-def _check(config: Config, source: str) -> None:
-    def refuse(condition: bool, message: str) -> None:
-        if condition:
-            raise UserError(f"{source}: {message}")
-
-    refuse(config.seed < 0, "seed must be 0 or more")
-    model, data = config.model, config.data
-    refuse(not config.stages, "stages: at least one stage is needed")
-    names = [s.name for s in config.stages]
-    refuse(len(set(names)) < len(names), f"stages: names must differ, given {names}")
-    for name in names:
-        usable = re.fullmatch(r"[\w-][\w.-]*", name) is not None
-        refuse(not usable, f"stages: {name!r} cannot be a folder's name; use letters, digits, '.', '_' and '-'")
-    refuse(model.max_tokens < 1, "model.max_tokens must be at least 1")
-    refuse(
-        data.row_tokens < model.max_tokens + 3,
-        f"data.row_tokens={data.row_tokens} cannot hold a text of model.max_tokens={model.max_tokens} and its 3 "
-        f"special tokens; set it to at least {model.max_tokens + 3}",
-    )
-    for name in ("visual_dropout", "head_dropout", "token_dropout"):
-        refuse(not 0 <= getattr(model, name) < 1, f"model.{name} must be at least 0 and below 1")
-    refuse(not 0 < model.h1_init <= 1, "model.h1_init must be above 0 and at most 1")
-    llm = model.llm
-    refuse(llm.average_init < 0, "model.llm.average_init must be 0 (off) or more")
-    refuse(llm.embedding_init is not None and llm.embedding_init <= 0, "model.llm.embedding_init must be above 0")
-    refuse(
-        llm.name is not None and (llm.average_init > 0 or llm.embedding_init is not None),
-        "model.llm: average_init and embedding_init are for random LLMs; leave them out where name is given",
-    )
-    for name in ("embed_dim", "roi_size"):
-        refuse(getattr(model, name) < 1, f"model.{name} must be at least 1")
-    for name in ("max_broken", "flip", "color_jitter"):
-        refuse(not 0 <= getattr(data, name) <= 1, f"data.{name} must be a share, from 0 to 1")
-    refuse(data.workers < 0, "data.workers must be 0 or more")
-    for name in ("window", "lanes"):
-        refuse(getattr(data, name) < 1, f"data.{name} must be at least 1")
-    refuse(data.shard_cache_gb <= 0, "data.shard_cache_gb must be above 0")
-    refuse(bool(data.path) and bool(data.sources), "give data.path or data.sources, one of the two")
-    weights = [source.weight for source in data.sources]
-    refuse(
-        any(weights) and any(weight is None for weight in weights),
-        "data.sources: give each source a weight, or none of them",
-    )
-    refuse(any(w is not None and w <= 0 for w in weights), "data.sources: a weight must be above 0")
-    refuse(
-        not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,
-        "data.crop_scale must be two shares, 0 < low <= high <= 1",
-    )
-    training = config.training
-    for name in ("checkpoint_every", "keep_checkpoints"):
-        refuse(getattr(training, name) < 1, f"training.{name} must be at least 1")
-    refuse(training.sample_every < 0, "training.sample_every must be 0 (none) or more")
-    refuse(training.threads is not None and training.threads < 1, "training.threads must be at least 1, or null")
-    vision = model.vision
-    refuse(vision.image_size < 1, "model.vision.image_size must be at least 1")
-    refuse(
-        vision.library == "timm" and vision.config_file is not None,
-        "model.vision.config_file is for open_clip; for timm give name and config",
-    )
-    refuse(
-        vision.library == "open_clip" and bool(vision.train_from or vision.join),
-        "model.vision: train_from and join are for timm's towers; leave them out, and freeze vision as a whole",
-    )
-    refuse(vision.library == "timm" and not vision.name, "model.vision.name is missing (a timm model name)")
-    refuse(
-        vision.library == "open_clip" and not (vision.name or vision.config or vision.config_file),
-        "model.vision needs a name, a config or a config_file",
-    )
-    refuse(
-        not config.model.llm.name and "model_type" not in config.model.llm.config,
-        "model.llm needs a name (hub id or folder) or a config with model_type",
-    )
-    for number, stage in enumerate(config.stages):
-        _check_stage(stage, vision, f"{source}: stages.{number} ({stage.name})")
-
-
-def _check_stage(stage: StageConfig, vision: VisionConfig, at: str) -> None:
-    def refuse(condition: bool, message: str) -> None:
-        if condition:
-            raise UserError(f"{at}: {message}")
-
-    lengths = [n for n in (stage.samples, stage.steps, stage.epochs) if n is not None]
-    refuse(len(lengths) != 1, "give samples, steps or epochs, one of the three")
-    refuse(lengths[0] <= 0, "a stage's length must be above 0")
-    refuse(stage.global_batch < 2, "global_batch must be at least 2, a contrastive loss needs negatives")
-    refuse(stage.captions_per_image < 1, "captions_per_image must be at least 1")
-    refuse(stage.max_regions < 0, "max_regions must be 0 or more")
-    refuse(
-        stage.written_regions is not None and not 1 <= stage.written_regions <= stage.max_regions,
-        "written_regions must be from 1 to max_regions, or null",
-    )
-    refuse(stage.lr <= 0, "lr must be above 0")
-    refuse(stage.image_size is not None and stage.image_size < 1, "image_size must be at least 1, or null")
-    for name in ("weight_decay", "clip_grad", "cached_views"):
-        refuse(getattr(stage, name) < 0, f"{name} must be 0 or more")
-    refuse(not all(0 <= beta < 1 for beta in stage.betas), "betas must be at least 0 and below 1")
-    refuse(any(factor < 0 for factor in stage.lr_scale.values()), "lr_scale: a factor is below 0")
-    for name in ("warmup", "min_lr"):
-        refuse(not 0 <= getattr(stage, name) <= 1, f"{name} is a share, from 0 to 1")
-    refuse(not 0 <= stage.ema < 1, "ema is a decay, at least 0 (no average) and below 1")
-    unknown = sorted(set(stage.lr_scale) - set(PARTS))
-    refuse(bool(unknown), f"lr_scale: unknown part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
-    loss = stage.loss
-    used = (loss.emb, loss.gen, *((loss.region_emb, loss.region_gen) if stage.max_regions else ()))
-    refuse(min(used) < 0, "loss: a weight is below 0")
-    refuse(not any(used), "loss: all weights that count here are 0, nothing would train")
-    refuse(not 0 <= loss.label_smoothing < 1, "loss.label_smoothing must be at least 0 and below 1")
-    refuse(not 0 <= stage.patch_dropout < 1, "patch_dropout must be at least 0 and below 1")
-    refuse(
-        stage.patch_dropout > 0 and stage.max_regions > 0,
-        "patch_dropout leaves no full map for regions; set it to 0 or max_regions to 0",
-    )
-    refuse(
-        stage.patch_dropout > 0 and stage.cached_views > 0,
-        "patch_dropout does nothing to cached_views; set one of the two to 0",
-    )
-    refuse(
-        stage.cached_views > 0 and "vision" not in stage.freeze and vision.train_from is None,
-        "cached_views needs a frozen tower: add vision to freeze, or set model.vision.train_from",
-    )
-    refuse(set(stage.freeze) == set(PARTS), "everything is frozen, nothing would train")
