@@ -6,6 +6,7 @@ nothing itself.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,10 @@ def _data(data: DataConfig, max_tokens: int) -> Iterator[str]:
         (data.shard_cache_gb <= 0, "data.shard_cache_gb must be above 0"),
         (data.path and data.sources, "give data.path or data.sources, one of the two"),
         (any(weights) and None in weights, "data.sources: give each source a weight, or none of them"),
-        (any(w is not None and w <= 0 for w in weights), "data.sources: a weight must be above 0"),
+        (
+            any(w is not None and not 0 < w < math.inf for w in weights),
+            "data.sources: a weight must be a number above 0",
+        ),
         (
             not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1,
             "data.crop_scale must be two shares, 0 < low <= high <= 1",

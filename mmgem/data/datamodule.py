@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmgem.config import DataConfig, StageConfig
 from mmgem.data.batch import Batch, Broken, Collate, Item
 from mmgem.data.order import Order, draws
+from mmgem.data.plan import refuse_missing_regions, stage_steps
 from mmgem.data.samples import OpenedPicture, SampleError
 from mmgem.data.sources import Sources
 from mmgem.data.transforms import View, draw_view, plain_view, view_picture
@@ -91,11 +92,8 @@ class Reader(Dataset):
 
     def _prefetch(self, positions: Sequence[int]) -> None:
         """Says which shards are needed now and, one window on, next."""
-        lanes = self.data.lanes
-        here = np.asarray(positions)
-        ahead = here + self.order.window_samples * lanes  # a multiple of the lanes, so that they stay this rank's
-        self.dataset.prefetch(self.order.shards(here))
-        self.dataset.prefetch(self.order.shards(ahead))
+        self.dataset.prefetch(self.order.shards(positions))
+        self.dataset.prefetch(self.order.shards(positions, windows_on=1))
 
     def _item(self, epoch: int, index: int) -> Item:
         """Raises SampleError."""
@@ -124,14 +122,6 @@ class Reader(Dataset):
             phrases=tuple(r.phrase for r in regions),
             entities=tuple(r.entity or str(r.box) for r in regions),
             dropped=sample.dropped,
-        )
-
-
-def refuse_missing_regions(dataset: Sources, stage: StageConfig) -> None:
-    if stage.max_regions and not dataset.has_regions:
-        raise UserError(
-            f"stage {stage.name}: max_regions={stage.max_regions}, but {dataset.name} has no regions; "
-            "set max_regions: 0 or prepare data with boxes"
         )
 
 
@@ -226,11 +216,3 @@ class StageData(L.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples_consumed = state_dict["samples_consumed"]
-
-
-def stage_steps(stage: StageConfig, samples_in_data: int) -> int:
-    """Whole steps of a stage, at least one."""
-    if stage.steps is not None:
-        return stage.steps
-    samples = stage.samples if stage.samples is not None else round((stage.epochs or 0) * samples_in_data)
-    return max(1, samples // stage.global_batch)

@@ -21,15 +21,17 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from mmgem.data.samples import SampleError
 from mmgem.data.store import Store
-from mmgem.errors import UserError
+from mmgem.errors import UserError, one_line
 
 INDEX_NAME = "index.json"
 MEMBERS_FOLDER = "members"
@@ -38,8 +40,12 @@ SCHEMA = 2
 # Reasons in broken.jsonl that are of a whole tar; those of samples stand in `samples`.
 TAR_CUT = "tar cut short"
 TAR_DAMAGED = "damaged tar"
+# Of a shard that is not what its index says.
+OTHER_COUNT = "shard has another number of samples"
+OFF_MEMBER = "file is not where the index says"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
+_LONGEST = 4096  # of a path, in characters
 _SHA256 = re.compile("[0-9a-f]{64}")  # files of a cache are named by it
 
 Members = Mapping[str, Mapping[str, Sequence[int]]]
@@ -85,22 +91,25 @@ def parse_index(content: bytes, name: str) -> Index:
     """`name` is the file's, for errors. Raises UserError."""
     try:
         tree = json.loads(content)
-        schema = tree["schema"]
+        if (schema := tree["schema"]) != SCHEMA:
+            raise UserError(f"{name} has schema {str(schema)[:20]}, this version reads {SCHEMA}; prepare again")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{name} is not an index: {error}; prepare the split again") from error
-    if schema != SCHEMA:
-        raise UserError(f"{name} has schema {schema}, this version reads {SCHEMA}; prepare again")
+        raise UserError(f"{name} is not an index: {one_line(error)[:200]}; prepare the split again") from error
     try:
         shards = [ShardEntry(**shard) for shard in tree["shards"]]
         index = Index(shards, tree["totals"], tree.get("skipped", {}), tree.get("dropped", {}))
-        counts = [*(s.samples for s in shards), *(s.bytes for s in shards), *index.totals.values()]
-        texts = [text for s in shards for text in (s.path, s.sha256, s.members, s.members_sha256)]
-        good = all(type(n) is int and 0 <= n < 1 << 62 for n in counts) and all(type(t) is str for t in texts)
+        counts = [*(s.samples for s in shards), *(s.bytes for s in shards)]
+        counts += [*index.totals.values(), *index.skipped.values(), *index.dropped.values()]
+        hashes = [*(s.sha256 for s in shards), *(s.members_sha256 for s in shards)]
+        texts = [*(s.path for s in shards), *(s.members for s in shards), *hashes, *index.skipped, *index.dropped]
+        good = set(map(type, counts)) <= {int} and set(map(type, texts)) <= {str}
+        good = good and all(0 <= n < 1 << 62 for n in counts)
         good = good and {"samples", "captions", "regions"} <= index.totals.keys()
         good = good and index.totals["samples"] == sum(s.samples for s in shards)
-        good = good and all(_SHA256.fullmatch(x) for s in shards for x in (s.sha256, s.members_sha256))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{name} is not an index: {error!r}; prepare the split again") from error
+        good = good and all(map(_SHA256.fullmatch, hashes))
+        good = good and b"\0" not in "".join(texts).encode() and all(len(text) <= _LONGEST for text in texts)
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
+        raise UserError(f"{name} is not an index: {one_line(repr(error))[:200]}; prepare the split again") from error
     if not good:
         raise UserError(f"{name} is not an index: its counts or paths are not what they should be; prepare again")
     return index
@@ -116,15 +125,21 @@ def read_members(split: Store, shard: ShardEntry) -> ShardMembers:
     content = split.read(shard.members, shard.members_sha256)
     if hashlib.sha256(content).hexdigest() != shard.members_sha256:
         raise SampleError("", "shard's members file changed", split.name(shard.members), shard=split.name(shard.path))
-    members: Members = json.loads(content)
-    spans_N32 = np.asarray([spans(files) for files in members.values()], dtype=np.int64).reshape(-1, 3, 2)
-    return ShardMembers(list(members), spans_N32)
+    try:
+        members: Members = json.loads(content)
+        keys, numbers = list(members), array("q", chain.from_iterable(map(spans, members.values())))
+        "".join(keys).encode()
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        detail = f"{split.name(shard.members)}: {error}"
+        raise SampleError("", "shard's members file is broken", detail, shard=split.name(shard.path)) from error
+    return ShardMembers(keys, np.array(numbers, dtype=np.int64).reshape(-1, 3, 2))
 
 
 def spans(files: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
     """Offset and size of the picture, the JSON and the text; -1, 0 for what is not there."""
-    image = next((files[e] for e in IMAGE_EXTENSIONS if e in files), (-1, 0))
-    return (*image, *files.get("json", (-1, 0)), *files.get("txt", (-1, 0)))
+    (image, image_size) = next((files[e] for e in IMAGE_EXTENSIONS if e in files), (-1, 0))
+    (record, record_size), (text, text_size) = files.get("json", (-1, 0)), files.get("txt", (-1, 0))
+    return image, image_size, record, record_size, text, text_size
 
 
 def write_members(split_dir: Path, number: int, members: Members) -> tuple[str, str]:

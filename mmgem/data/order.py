@@ -77,23 +77,39 @@ class Order:
         consecutive parts of a rank's. `global_batch` must be a multiple of `ranks`.
         """
         positions_G = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.int64)
-        lane_G = np.empty_like(positions_G)
-        for walk, chosen_G, drawn in self._parts(positions_G):
-            lane_G[chosen_G] = walk.lane(drawn)
         part = global_batch // ranks
-        return positions_G[np.argsort(lane_G, kind="stable")][rank * part : (rank + 1) * part]
+        by_lane_G = np.argsort(self.lanes_of(positions_G), kind="stable")
+        return positions_G[by_lane_G[rank * part : (rank + 1) * part]]
 
-    def shards(self, positions: Sequence[int] | np.ndarray) -> list[int]:
-        """The shards of all windows that these positions are in."""
+    def lanes_of(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The lane of each position."""
+        positions_P = np.asarray(positions, dtype=np.int64)
+        lane_P = np.empty_like(positions_P)
+        for walk, chosen_P, drawn in self._parts(positions_P):
+            lane_P[chosen_P] = walk.lane(drawn)
+        return lane_P
+
+    def shards(self, positions: Sequence[int] | np.ndarray, windows_on: int = 0) -> list[int]:
+        """The shards of all windows that these positions are in, or that their lanes come to so many (average) windows
+        later."""
         found: set[int] = set()
         for walk, _, drawn in self._parts(np.asarray(positions, dtype=np.int64)):
-            found |= walk.window_shards(drawn)
+            found |= walk.window_shards(drawn + windows_on * walk.window_samples * self.lanes)
         return sorted(found)
 
-    @property
-    def window_samples(self) -> int:
-        """Of an average window."""
-        return max(1, self.samples * self.window // max(1, len(self.sizes)))
+    def drawn(self, positions: int) -> list[int]:
+        """How many of the first so many positions are each source's."""
+        if self._pattern is None:
+            return [positions]
+        whole, rest = divmod(positions, PERIOD)
+        counts = np.bincount(self._pattern.source[:rest], minlength=len(self._walks))
+        return (whole * self._pattern.quotas + counts).tolist()
+
+    def lane_shards(self, lanes: Sequence[int] | np.ndarray, positions: int) -> list[np.ndarray]:
+        """Of each source, the shards of the windows that these lanes come through in the first so many positions, but
+        at most in one epoch."""
+        drawn = self.drawn(positions)
+        return [walk.lane_shards(np.asarray(lanes), count) for walk, count in zip(self._walks, drawn, strict=True)]
 
     def _parts(self, positions_P: np.ndarray) -> list[tuple[_Walk, np.ndarray, np.ndarray]]:
         """Of each source: its walk, which of the positions are its, and how many it had given before each."""
@@ -111,6 +127,7 @@ class _Walk:
         self.sizes, self.first_shard, self.first_sample = sizes, first_shard, first_sample
         self.key, self.window, self.lanes = key, window, lanes
         self.samples = int(sizes.sum())
+        self.window_samples = max(1, self.samples * window // max(1, len(sizes)))
         self.starts = np.cumsum(sizes) - sizes
         self.plan = lru_cache(maxsize=2)(self._plan)
 
@@ -154,6 +171,16 @@ class _Walk:
                 found.update((self.first_shard + shards[begin : begin + self.window]).tolist())
         return found
 
+    def lane_shards(self, lane_L: np.ndarray, drawn: int) -> np.ndarray:
+        shards, _, windows = self.plan(0)
+        drawn = min(drawn, self.samples)
+        first_L = lane_L[lane_L < drawn]
+        last_L = first_L + (drawn - 1 - first_L) // self.lanes * self.lanes
+        read = np.zeros(len(windows) - 1, dtype=bool)
+        for begin, end in zip(self._windows(first_L, windows)[1], self._windows(last_L, windows)[1], strict=True):
+            read[begin : end + 1] = True
+        return self.first_shard + shards[np.repeat(read, self.window)[: len(shards)]]
+
     def _windows(self, drawn_P: np.ndarray, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The place of each in its epoch's sequence, and the number of its window."""
         offset_P = drawn_P % self.samples
@@ -183,8 +210,10 @@ class _Pattern:
         largest = np.argsort(-(share * PERIOD - quotas), kind="stable")
         quotas[largest[: PERIOD - int(quotas.sum())]] += 1
         if not quotas.all():
+            others = np.sum(weights) - weights[int(np.argmin(quotas))]
             raise UserError(
-                f"data.sources: a weight is below 1/{PERIOD} of their sum ({list(weights)}); raise it or leave it out"
+                f"data.sources: a weight is below 1/{PERIOD} of their sum ({list(weights)}); raise it to "
+                f"{1.01 * others / (PERIOD - 1):.3g}, or leave it out"
             )
         source = np.repeat(np.arange(len(quotas)), quotas)
         turn = np.arange(PERIOD) - np.repeat(np.cumsum(quotas) - quotas, quotas)
@@ -203,8 +232,8 @@ def permute(index_P: np.ndarray, size_P: np.ndarray, key_P: np.ndarray) -> np.nd
     """Where index 0 … size - 1 comes to in the permutation that (size, key) stand for."""
     result_P = np.asarray(index_P, dtype=np.int64).copy()
     size_P = np.asarray(size_P, dtype=np.int64)
-    left_P = np.ceil(np.sqrt(size_P)).astype(np.int64)
-    left_P = np.maximum(left_P, 1)
+    # Even, since with two odd sides the rounds make even permutations only.
+    left_P = 2 * np.maximum(1, np.ceil(np.sqrt(size_P) / 2).astype(np.int64))
     right_P = -(-size_P // left_P)
     walking = np.arange(len(result_P))
     while len(walking):

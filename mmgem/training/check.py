@@ -11,6 +11,7 @@ import copy
 import torch
 
 from mmgem.config import Config, ModelConfig
+from mmgem.data.plan import stage_length
 from mmgem.errors import UserError
 from mmgem.model import MMGem
 from mmgem.model.language import refuse_unknown_settings
@@ -24,10 +25,11 @@ def check(config: Config) -> str:
     lines = [f"{part:<{width}}  {count:>15,} parameters" for part, count in counts.items()]
     lines += [f"{name}: {value}" for name, value in shapes.items()]
     for stage in config.stages:
-        length = f"{stage.samples} samples" if stage.samples else f"{stage.epochs} epochs"
         regions = f", up to {stage.max_regions} regions an image" if stage.max_regions else ""
         frozen = ", ".join(stage.freeze) or "nothing"
-        lines.append(f"stage {stage.name}: {length}, global_batch {stage.global_batch}{regions}, frozen: {frozen}")
+        lines.append(
+            f"stage {stage.name}: {stage_length(stage)}, global_batch {stage.global_batch}{regions}, frozen: {frozen}"
+        )
     return "\n".join(lines)
 
 

@@ -23,7 +23,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 
 from mmgem.config import Config, StageConfig
-from mmgem.data.datamodule import StageData, refuse_missing_regions, stage_steps
+from mmgem.data.datamodule import StageData
+from mmgem.data.plan import Machines, refuse_impossible, stage_steps
 from mmgem.data.samples import SampleError, decode_image
 from mmgem.data.sources import Sources, open_training_data, open_validation_data
 from mmgem.errors import UserError, one_line
@@ -67,9 +68,7 @@ def train(config: Config, resume: str = "never") -> int:
 def _train(config: Config, resume: str, folder: RunFolder, ranks: Ranks) -> int | None:
     """The stages in order. Gives the signal that stopped them, if one did."""
     dataset = open_training_data(config.data)
-    for stage in config.stages:
-        refuse_missing_regions(dataset, stage)
-        refuse_uneven_ranks(stage, ranks.count)
+    refuse_impossible(config.stages, dataset, Machines(ranks.nodes, ranks.local_count))
     checkpoint = ranks.by_first(lambda: folder.begin(config, resume, dataset.checksum))
     if ranks.by_first(lambda: resume == "auto" and folder.finished):
         if ranks.first:
@@ -208,15 +207,6 @@ def _strategy(ranks: Ranks, device: torch.device) -> Any:
     # A rank whose share of a batch has no captions or boxes leaves parameters without gradient.
     backend = "nccl" if device.type == "cuda" else "gloo"
     return DDPStrategy(process_group_backend=backend, find_unused_parameters=True)
-
-
-def refuse_uneven_ranks(stage: StageConfig, ranks: int) -> None:
-    if stage.global_batch % ranks:
-        near = [n for n in range(ranks, 0, -1) if stage.global_batch % n == 0][0]
-        raise UserError(
-            f"stage {stage.name}: global_batch={stage.global_batch} cannot be divided among {ranks} ranks; set it to "
-            f"{-(-stage.global_batch // ranks) * ranks}, or start {near} rank{'s' if near > 1 else ''}"
-        )
 
 
 def stage_preprocess(model: MMGem, stage: StageConfig) -> Preprocess:

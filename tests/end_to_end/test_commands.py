@@ -230,8 +230,10 @@ def test_embed_a_split(
 # --- check, data, eval ------------------------------------------------------------------------------------
 
 
-def test_check_counts_what_training_counts(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = output(capsys, "check", "--config", CONFIG)
+def test_check_counts_what_training_counts(model: Path, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = output(capsys, "check", "--config", CONFIG, f"data.path={tiny.data}")
+    assert lines[0].startswith(f"data: {tiny.data}/train: 96 samples in 1 shard, ")
+    assert "stage global: 25 steps of global_batch 16 = 400 samples = 4.17 epochs" in lines
     counted = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in lines if "parameters" in line}
     assert counted == json.loads((model / "run.json").read_text())["parameters"]
     assert "feature map: C x H x W = 32 x 4 x 4" in lines
@@ -243,11 +245,11 @@ def test_data_prepare_in_processes(tmp_path: Path) -> None:
     done = run("data", "prepare", "scenes", "--out", tmp_path / "made", *counts)
     assert done.code == 0, done.err
     table = {line.split()[0]: line.split()[1:] for line in done.out.splitlines()}
-    assert table["split"] == ["read", "written", "captions", "regions"]
+    assert table["split"] == ["read", "written", "skipped", "captions", "regions"]
     assert table["train"][:2] == ["70", "70"] and table["test"][:2] == ["9", "9"] and "val" not in table
     split = ShardedDataset(tmp_path / "made/train")
     assert len(split) == 70 and len(list((tmp_path / "made/train").glob("*.tar"))) == 2
-    assert [int(n) for n in table["train"][2:]] == [split.totals["captions"], split.totals["regions"]]
+    assert [int(n) for n in table["train"][2:]] == [0, split.totals["captions"], split.totals["regions"]]
 
 
 def test_eval_compares_the_stages(model: Path, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,12 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from helpers import picture
 from PIL import Image
 from tiny import Finished, Tiny
 
@@ -23,7 +26,9 @@ README = (ROOT / "README.md").read_text()
 # Settings that make a command short; nothing else of it is changed.
 SHORT = ["training.threads=1", "training.checkpoint_every=1000", "training.sample_every=0"]
 SHORT += [f"stages.{n}.{k}" for n in (0, 1) for k in ("epochs=null", "samples=32", "global_batch=16")]
+LESS = ["stages.0.global_batch=16", "stages.1.global_batch=16"]
 SHORTER = {
+    "mmgem check --config configs/flickr8k.yaml": LESS,
     "mmgem train --config configs/quickstart.yaml": SHORT,
     "mmgem train --config configs/flickr8k.yaml": [
         *SHORT,
@@ -38,9 +43,9 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
 
 
-def commands() -> list[str]:
+def commands(program: str = "mmgem") -> list[str]:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
-    return [line.split("#")[0].strip() for line in lines if line.startswith("mmgem ")]
+    return [line.split("#")[0].strip() for line in lines if line.startswith(f"{program} ")]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def flickr8k(folder: Path) -> None:
     captions, regions = [], []
     for n in range(20):
         name, split = f"{n}.jpg", "train" if n < 16 else "val"
-        Image.new("RGB", (80, 60), (12 * n, 255 - 12 * n, 90)).save(folder / "images" / name)
+        picture(n).save(folder / "images" / name)
         common = {"image": name, "split": split}
         captions.append(
             {**common, "width": 80, "height": 60, "captions": [f"picture number {n}", f"a plain field {n}"]}
@@ -104,6 +109,13 @@ def test_commands_of_the_readme(checkout: Path, monkeypatch: pytest.MonkeyPatch)
     assert (checkout / "runs/quickstart/report/report.html").is_file()
     assert (checkout / "runs/flickr8k/report/report.html").is_file()
     assert (checkout / "vectors.npz").is_file()
+    (several,) = commands("torchrun")
+    (checkout / "train.py").symlink_to(ROOT / "train.py")
+    settings = SHORTER["mmgem train --config configs/flickr8k.yaml"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", *shlex.split(several)[1:], *settings]
+    done = subprocess.run(ranks, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "runs/2/model/model.safetensors").is_file()
 
 
 def test_python_example_runs_as_printed(

@@ -35,7 +35,7 @@ def test_run_folder_has_what_the_design_says(finished: tuple[Path, Finished], ti
     folder, done = finished
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        *("config.yaml", "run.json", "log.jsonl", "samples.jsonl"),
+        *("config.yaml", "run.json", "log.jsonl", "samples.jsonl", "broken.jsonl"),
         *("checkpoints", "stages", "model", "tokenizer"),
     }
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step-{2 * STEPS:08d}.ckpt"]

@@ -126,3 +126,15 @@ def test_what_each_step_sees_is_the_same_on_four_ranks(tiny: Tiny, tmp_path: Pat
     one, four = figures(tmp_path / "1"), figures(tmp_path / "4")
     assert four[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
     assert [line["regions"] for line in four] == [line["regions"] for line in one]
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = Job(tiny, run, 2, *FP64)
+    job.ranks[0].wait_for_lines(run / "log.jsonl", 5)
+    job.ranks[1].signal(signal.SIGTERM)
+    ends = job.wait()
+    assert [done.code for done in ends] == [143, 143], [done.err for done in ends]
+    assert "stopped; to go on:" in ends[0].err and "Traceback" not in ends[0].err + ends[1].err
+    steps = len(figures(run))
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{steps:08d}.ckpt"], "nothing is done twice"

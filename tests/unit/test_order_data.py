@@ -1,4 +1,4 @@
-"""Order, reader, batches: everything follows from (seed, epoch, position), and nothing from what was read before."""
+"""Reader, batches, loader: all follows from seed and position, nothing from what was read before or by whom."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import torch
 from helpers import TEXTS, codec, encoded, picture, sample, write_split
 from torch import Tensor
 
-from mmgem.config import DataConfig, LossConfig, StageConfig
+from mmgem.config import DataConfig, LossConfig, SourceConfig, StageConfig
 from mmgem.data.batch import Batch, Broken, Collate, Item, stable_id
-from mmgem.data.datamodule import Reader, StageData, cached_view, open_split, stage_steps
+from mmgem.data.datamodule import CAPTIONS, Reader, StageData, cached_view
 from mmgem.data.order import Order, draws
 from mmgem.data.samples import Region
 from mmgem.data.shards import ShardedDataset
+from mmgem.data.sources import Sources, open_split, open_training_data
 from mmgem.data.transforms import plain_view
 from mmgem.errors import UserError
 from mmgem.images import Preprocess
 from mmgem.losses.contrastive import positives
 from mmgem.text import PackedTexts
 
-PREPROCESS = Preprocess(32, (0.5,) * 3, (0.25,) * 3)
+PREPROCESS = Preprocess(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 AUGMENT = DataConfig(flip=0.5, crop_scale=(0.5, 1.0), color_jitter=0.2, row_tokens=64)
 COUNT = 13
 
@@ -39,11 +40,14 @@ def stage(**changes: Any) -> StageConfig:
 
 
 def reader(split: Path, data: DataConfig = AUGMENT, seed: int = 0, **changes: Any) -> Reader:
-    return Reader(ShardedDataset(split), data, stage(**changes), PREPROCESS, seed)
+    return Reader(Sources([ShardedDataset(split)]), data, stage(**changes), PREPROCESS, seed)
 
 
-def stage_data(split: Path, data: DataConfig = AUGMENT, seed: int = 0, **changes: Any) -> StageData:
-    return StageData(ShardedDataset(split), codec(24), PREPROCESS, data, stage(**changes), seed)
+def stage_data(
+    source: Path | Sources, data: DataConfig = AUGMENT, seed: int = 0, rank: int = 0, ranks: int = 1, **changes: Any
+) -> StageData:
+    dataset = source if isinstance(source, Sources) else Sources([ShardedDataset(source)])
+    return StageData(dataset, codec(24), PREPROCESS, data, stage(**changes), seed, None, rank, ranks)
 
 
 def item(source: Reader, position: int) -> Item:
@@ -63,43 +67,6 @@ def flat(value: Any) -> list[Any]:
 
 def batches(data: StageData) -> list[Batch]:
     return list(data.train_dataloader())
-
-
-# --- order -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("samples", [1, 2, 13, 1000])
-def test_every_sample_stands_once_in_an_epoch(samples: int):
-    order = Order(samples, seed=3)
-    for epoch in range(3):
-        found = [order.at(epoch * samples + i) for i in range(samples)]
-        assert {e for e, _ in found} == {epoch}
-        assert sorted(i for _, i in found) == list(range(samples))
-
-
-def test_epochs_and_seeds_have_other_orders():
-    def sequence(seed: int, epoch: int) -> tuple[int, ...]:
-        return tuple(Order(50, seed).at(epoch * 50 + i)[1] for i in range(50))
-
-    orders = {sequence(seed, epoch) for seed in range(3) for epoch in range(3)}
-    assert len(orders) == 9
-    assert tuple(range(50)) not in orders
-
-
-def test_the_order_depends_on_nothing_else():
-    order = Order(50, 0)
-    wanted = [order.at(p) for p in range(200)]
-    other = Order(50, 0)
-    assert [other.at(p) for p in reversed(range(200))] == wanted[::-1]  # whatever was asked before
-    # Written down, so that a run can be resumed by a later version.
-    assert [Order(10, 0).at(p)[1] for p in range(20)] == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1, 9, 1, 3, 8, 7, 6, 0, 4, 2, 5]
-
-
-def test_draws_are_independent_of_each_other():
-    keys = [(s, e, i, p) for s in range(2) for e in range(2) for i in range(2) for p in range(2)]
-    values = [tuple(draws(*key).integers(1 << 30, size=3)) for key in keys]
-    assert len(set(values)) == len(keys)
-    assert values == [tuple(draws(*key).integers(1 << 30, size=3)) for key in keys]
 
 
 # --- reader ----------------------------------------------------------------------------------------------------------
@@ -130,10 +97,9 @@ def test_captions_are_drawn_by_seed_epoch_and_sample(split: Path):
 
 def _captions(source: Reader, position: int) -> tuple[str, ...]:
     """As the reader draws them, without decoding the picture."""
-    from mmgem.data.datamodule import CAPTIONS, _choose
-
     epoch, index = source.order.at(position)
-    return tuple(_choose(source.dataset.captions(index), 1, draws(source.seed, epoch, index, CAPTIONS)))
+    own = source.dataset.captions(index)
+    return (own[draws(source.seed, epoch, index, CAPTIONS).permutation(len(own))[0]],)
 
 
 def test_the_number_of_captions(split: Path):
@@ -225,7 +191,7 @@ class Cache:
 def test_a_cache_stands_in_for_pictures_and_the_boxes_follow_its_views(split: Path):
     cache = Cache()
     config = stage(max_regions=3, cached_views=3, freeze=["vision"])
-    source = Reader(ShardedDataset(split), AUGMENT, config, PREPROCESS, 0, cache)
+    source = Reader(Sources([ShardedDataset(split)]), AUGMENT, config, PREPROCESS, 0, cache)
     for position in range(3 * COUNT):
         found = item(source, position)
         index, number = cache.asked[-1]
@@ -249,32 +215,79 @@ def test_cached_views_are_fixed_and_differ():
 
 # --- broken samples --------------------------------------------------------------------------------------------------
 
+BROKEN = {"key002": "broken image", "key004": "size differs from record", "key005": "broken image"}
+
 
 @pytest.fixture(scope="module")
 def with_broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of eight samples: a torn JPEG, a record of the wrong size with boxes, and one without boxes."""
+    """Of eight samples: two torn JPEGs, a record of the wrong size with boxes, and a good one, without boxes."""
     samples = [sample(n) for n in range(8)]
-    samples[2] = dataclasses.replace(samples[2], image=samples[2].image[:300])
+    for torn in (2, 5):
+        samples[torn] = dataclasses.replace(samples[torn], image=samples[torn].image[:300])
     samples[4] = dataclasses.replace(samples[4], width=160)
     samples[6] = dataclasses.replace(samples[6], width=160, height=120, regions=())
     return write_split(tmp_path_factory.mktemp("broken") / "train", samples)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_sample_is_named_and_the_rest_goes_on(with_broken: Path, workers: int):
-    data = dataclasses.replace(AUGMENT, workers=workers)
-    found = batches(stage_data(with_broken, data, samples=16, global_batch=4))
-    assert [len(b.keys) + len(b.broken) for b in found] == [4] * 4
-    assert sorted(k for b in found for k in b.keys) == sorted(f"key00{n}" for n in (0, 1, 3, 5, 6, 7) for _ in "ab")
-    reasons = Counter((b.key, b.reason) for batch in found for b in batch.broken)
-    assert reasons == {("key002", "broken image"): 2, ("key004", "size differs from record"): 2}
-    for batch in found:
-        assert len(batch.pictures) == len(batch.keys) == len(batch.image_id_B)
+def test_a_broken_samples_place_is_taken_by_the_next_positions_sample(with_broken: Path):
+    source = reader(with_broken)
+    keys = [f"key{source.order.at(p)[1]:03d}" for p in range(100)]
+    read, in_a_row = source.__getitems__(range(80)), set()
+    for position in range(80):
+        good = next(p for p in range(position, 100) if keys[p] not in BROKEN)
+        for missing in keys[position:good]:
+            one = read.pop(0)
+            assert isinstance(one, Broken) and (one.key, one.reason) == (missing, BROKEN[missing])
+            assert one.shard is None and not one.dropped
+        in_a_row.add(good - position)
+        # Not only the same sample: its view, captions and boxes are those that it has at its own position.
+        assert flat(read.pop(0)) == flat(item(source, good))
+    assert not read and in_a_row >= {0, 1, 2}
 
 
-def test_a_batch_of_broken_samples_only_is_refused():
-    with pytest.raises(UserError, match="all 2 samples of a batch are broken, the first: a: broken image"):
-        Collate(codec(), 64)([Broken("a", "broken image"), Broken("b", "empty image")])
+def test_what_stands_in_depends_on_the_position_alone(with_broken: Path):
+    whole = [flat(one) for one in reader(with_broken).__getitems__(range(40))]
+    in_parts = reader(with_broken)
+    parts = {begin: in_parts.__getitems__(range(begin, begin + 5)) for begin in reversed(range(0, 40, 5))}
+    assert [flat(one) for begin in sorted(parts) for one in parts[begin]] == whole
+    alone = reader(with_broken)
+    assert [flat(alone[p]) for p in range(40)] == [one for one in whole if not isinstance(one[0], Broken)]
+
+
+def test_batches_stay_whole_and_name_what_they_replaced(with_broken: Path):
+    found = batches(stage_data(with_broken, samples=16, global_batch=4))
+    assert [len(b.keys) for b in found] == [len(b.pictures) for b in found] == [4] * 4
+    named = {(one.key, one.reason) for batch in found for one in batch.broken}
+    assert named == set(BROKEN.items())
+    assert {key for batch in found for key in batch.keys} == {f"key00{n}" for n in (0, 1, 3, 6, 7)}
+    for workers in (1, 2):
+        data = dataclasses.replace(AUGMENT, workers=workers)
+        again = batches(stage_data(with_broken, data, samples=16, global_batch=4))
+        assert [flat(b) for b in again] == [flat(b) for b in found]
+
+
+def test_a_broken_shard_is_named_for_each_of_its_samples(tmp_path: Path):
+    split = write_split(tmp_path / "train", [sample(n) for n in range(8)])
+    shard = split / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:1024])
+    dataset = Sources([ShardedDataset(split, verify=True)])
+    read = Reader(dataset, AUGMENT, stage(), PREPROCESS, 0).__getitems__(range(8))
+    broken = [one for one in read if isinstance(one, Broken)]
+    assert {one.shard for one in broken} == {str(shard)} and len({one.reason for one in broken}) == 1
+    assert {one.key for one in read if isinstance(one, Item)} == {f"key00{n}" for n in range(4)}
+    assert sum(isinstance(one, Item) for one in read) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_of_which_nothing_can_be_read_are_given_up(tmp_path: Path, workers: int):
+    samples = [dataclasses.replace(sample(n), image=sample(n).image[:300]) for n in range(3)]
+    split = write_split(tmp_path / "train", samples)
+    said = (
+        r"train: 1000 samples in a row are broken, the last: sample key00[012]: broken image \(.+\); "
+        "look at the data with `mmgem data check`"
+    )
+    with pytest.raises(UserError, match=said):
+        batches(stage_data(split, dataclasses.replace(AUGMENT, workers=workers)))
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -394,20 +407,39 @@ def test_the_batches_of_a_stage(split: Path):
     data = stage_data(split)
     found = batches(data)
     assert data.steps == len(found) == len(data.train_dataloader()) == 10
-    order = Order(COUNT, 0)
-    keys = [f"key{order.at(p)[1]:03d}" for p in range(40)]
-    assert [k for b in found for k in b.keys] == keys
-    first = Counter(keys[:COUNT])
-    assert len(first) == COUNT and set(first.values()) == {1}
+    order = Order([4, 4, 4, 1], 0)
+    keys = [[f"key{sample:03d}" for sample in order.places(order.step(step, 4))[1].tolist()] for step in range(10)]
+    assert [b.keys for b in found] == keys
     again = batches(stage_data(split))
     assert [flat(b) for b in again] == [flat(b) for b in found]
     assert [flat(b) for b in batches(stage_data(split, seed=1))] != [flat(b) for b in found]
 
 
-def test_workers_change_nothing(split: Path):
-    alone = batches(stage_data(split))
-    together = batches(stage_data(split, dataclasses.replace(AUGMENT, workers=2)))
-    assert [flat(b) for b in together] == [flat(b) for b in alone]
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """Of 13 and of 6 samples, the second a quarter of what is seen."""
+    folder = tmp_path_factory.mktemp("sources")
+    write_split(folder / "one" / "train", [sample(n) for n in range(COUNT)])
+    write_split(folder / "two" / "train", [sample(n) for n in range(100, 106)], shard_size=5)
+    sources = [SourceConfig(path=str(folder / "one"), weight=3.0), SourceConfig(path=str(folder / "two"), weight=1.0)]
+    return dataclasses.replace(AUGMENT, sources=sources, window=2, lanes=3)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 1), (1, 2), (2, 0), (2, 2), (4, 1)])
+def test_global_batches_depend_neither_on_ranks_nor_on_workers(two_sources: DataConfig, ranks: int, workers: int):
+    data, dataset = dataclasses.replace(two_sources, workers=workers), open_training_data(two_sources)
+    alone = stage_data(dataset, two_sources, samples=48, global_batch=8)
+    of_ranks = [
+        batches(stage_data(dataset, data, rank=rank, ranks=ranks, samples=48, global_batch=8)) for rank in range(ranks)
+    ]
+    assert [len(found) for found in of_ranks] == [6] * ranks
+    for whole, *parts in zip(batches(alone), *of_ranks, strict=True):
+        assert [len(part.keys) for part in parts] == [8 // ranks] * ranks
+        assert [key for part in parts for key in part.keys] == whole.keys
+        assert torch.equal(torch.cat([part.pictures for part in parts]), whole.pictures)
+        assert torch.equal(torch.cat([part.boxes_R4 for part in parts]), whole.boxes_R4)
+        assert torch.equal(torch.cat([part.caption_text_M for part in parts]), whole.caption_text_M)
+        assert sum(key.startswith("1:") for key in whole.keys) in (1, 2, 3)
 
 
 @pytest.mark.parametrize("consumed", [4, 12, 28, 40])
@@ -422,29 +454,21 @@ def test_a_resumed_stage_goes_on_bit_by_bit(split: Path, consumed: int):
     assert len(resumed.train_dataloader()) == 10  # the whole stage's, so that steps are counted on
 
 
-def test_the_length_of_a_stage():
-    def steps(samples: int | None, epochs: float | None, batch: int = 8) -> int:
-        return stage_steps(StageConfig(samples=samples, epochs=epochs, global_batch=batch), 100)
-
-    assert steps(80, None) == 10 and steps(87, None) == 10  # whole steps
-    assert steps(None, 2) == 25 and steps(None, 0.5) == 6
-    assert steps(3, None) == 1  # at least one
-
-
 # --- a split that is not there ---------------------------------------------------------------------------------------
 
 
 def test_splits_that_cannot_be_opened_are_refused(split: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="data.path is missing"):
-        open_split("", "train")
+    data = DataConfig()
+    with pytest.raises(UserError, match="data.path is missing: name a folder made by `mmgem data prepare`"):
+        open_training_data(data)
     with pytest.raises(UserError, match=r"data.path=.*nowhere: no such folder; make it with `mmgem data prepare`"):
-        open_split(str(tmp_path / "nowhere"), "train")
+        open_split(data, str(tmp_path / "nowhere"), "train")
     with pytest.raises(UserError, match="no split val in .*; it has train"):
-        open_split(str(split.parent), "val")
+        open_split(data, str(split.parent), "val")
     write_split(tmp_path / "empty" / "train", [])
     with pytest.raises(UserError, match="empty/train: no samples"):
-        open_split(str(tmp_path / "empty"), "train")
-    assert len(open_split(str(split.parent), "train")) == COUNT
+        open_split(data, str(tmp_path / "empty"), "train")
+    assert len(open_split(data, str(split.parent), "train")) == COUNT
 
 
 def test_the_helpers_captions_differ():
