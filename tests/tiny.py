@@ -22,6 +22,15 @@ CONFIG = Path(__file__).with_name("tiny.yaml")
 STEPS = 25
 """Of each of the two stages."""
 TIMINGS = ("samples_per_s",)
+# Where losses are to be compared between machines or numbers of ranks, rounding is what differs, and training in fp32
+# makes it large within a few steps. Llama's layers round to fp32 whatever they are given (RMSNorm, rotary positions),
+# GPT-2's do not. A trained batch norm counts over a rank's own pictures, and dropout draws for each rank.
+FP64 = (
+    "training.precision=64",
+    "model.vision.frozen_statistics=true",
+    "model.llm.config={model_type: gpt2, n_embd: 64, n_layer: 2, n_head: 2, n_positions: 128, "
+    "resid_pdrop: 0, embd_pdrop: 0, attn_pdrop: 0, tie_word_embeddings: true}",
+)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class Sources:
         self.name = ", ".join(split.name for split in splits)
         self.sizes = np.concatenate([split.sizes for split in splits])
         self.totals = {name: sum(split.totals[name] for split in splits) for name in splits[0].totals}
-        self.checksum = hashlib.sha256(" ".join(split.checksum for split in splits).encode()).hexdigest()
+        checksums = [split.checksum for split in splits]
+        self.checksum = checksums[0] if len(splits) == 1 else hashlib.sha256(" ".join(checksums).encode()).hexdigest()
         self._first_sample = np.cumsum([0, *(len(split) for split in splits)])
         self._first_shard = np.cumsum([0, *(len(split.sizes) for split in splits)])
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import Finished, Process, Tiny, figures, read_lines, same_bits, weights
+from tiny import FP64, Finished, Process, Tiny, figures, read_lines, same_bits, weights
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 STEPS = 120
@@ -20,16 +20,6 @@ LENGTH = ("stages.0.samples=960", "stages.1.samples=960")
 """60 steps of each stage."""
 SETTINGS = (*LENGTH, "training.log_keys=true", "data.flip=0.5", "data.crop_scale=[0.5,1.0]", "data.color_jitter=0.2")
 OFTEN = "training.checkpoint_every=4"
-
-# What makes sums over ranks differ from sums over one is rounding alone: without it, nothing is left to grow. Llama's
-# layers round to fp32 whatever they are given (RMSNorm, rotary positions), GPT-2's do not. A trained batch norm counts
-# over a rank's own pictures, and dropout draws for each rank.
-FP64 = (
-    "training.precision=64",
-    "model.vision.frozen_statistics=true",
-    "model.llm.config={model_type: gpt2, n_embd: 64, n_layer: 2, n_head: 2, n_positions: 128, "
-    "resid_pdrop: 0, embd_pdrop: 0, attn_pdrop: 0, tie_word_embeddings: true}",
-)
 
 
 class Job:
