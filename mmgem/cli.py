@@ -1,7 +1,8 @@
 """The commands: one table, command → what it takes and what it runs.
 
-Receives the command line. Gives an exit code: 0, 2 for bad input (one line says what, where, what to do; --debug shows
-the traceback), 128 + signal number when stopped. Imports lazily: help answers at once.
+Receives the command line. Gives an exit code: 0, 1 where `data check` finds data wrong, 2 for bad input (one line says
+what, where, what to do; --debug shows the traceback), 128 + signal number when stopped. Imports lazily: help answers at
+once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgem import __version__
+from mmgem.cli_data import add_data, add_debug, run_data
 from mmgem.errors import UserError
 from mmgem.memory import keep_freed_memory
 
@@ -49,6 +51,16 @@ def run_train(args: Arguments) -> int:
 
 def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines of the run (default 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=1, metavar="G", help="ranks on each of them (default 1)")
+    parser.add_argument(
+        "--samples-per-second",
+        type=float,
+        default=100.0,
+        metavar="R",
+        help="of each rank: what the bandwidth is worked out from (default 100)",
+    )
+    parser.add_argument("--no-data", action="store_true", help="where the data are not: check the rest")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
 
 
@@ -56,68 +68,13 @@ def run_check(args: Arguments) -> int:
     from mmgem.config import load_config
 
     config = load_config(args.config, args.overrides)
+    from mmgem.data.plan import Machines, data_plan
+
+    machines = Machines(args.nodes, args.gpus_per_node)
+    print(data_plan(config, machines, args.samples_per_second, look=not args.no_data), flush=True)
     from mmgem.training.check import check
 
     print(check(config))
-    return 0
-
-
-# --- data prepare ------------------------------------------------------------------------------
-
-
-def add_data(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
-    prepare = commands.add_parser("prepare", help="turn a public format into shards")
-    formats = prepare.add_subparsers(dest="format", required=True, metavar="FORMAT")
-
-    def add(name: str, help: str) -> argparse.ArgumentParser:
-        sub = formats.add_parser(name, help=help, description=help)
-        sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="the dataset to write")
-        sub.add_argument("--overwrite", action="store_true", help="replace splits that are there")
-        _add_debug(sub)
-        return sub
-
-    def add_common(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these splits")
-        sub.add_argument("--limit", type=int, metavar="N", help="at most so many samples a split")
-        sub.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a tar (default 1000)")
-        sub.add_argument(
-            "--max-broken", type=float, default=0.05, metavar="SHARE", help="share that may be broken (default 0.05)"
-        )
-
-    jsonl = add("jsonl", "a folder with images/, captions.jsonl and, if there are boxes, regions.jsonl")
-    jsonl.add_argument("source", type=Path, metavar="DIR")
-    add_common(jsonl)
-    karpathy = add("karpathy", "dataset_*.json of COCO, Flickr8k or Flickr30k, with a folder of pictures")
-    karpathy.add_argument("source", type=Path, metavar="JSON")
-    karpathy.add_argument("--images", required=True, type=Path, metavar="DIR")
-    karpathy.add_argument(
-        "--restval", default="train", metavar="SPLIT", help="where COCO's restval goes (default train)"
-    )
-    add_common(karpathy)
-    tars = add("img2dataset", "tars as img2dataset wrote them; they are indexed where they lie")
-    tars.add_argument("source", type=Path, metavar="DIR")
-    tars.add_argument("--split", default="train", metavar="SPLIT")
-    tars.add_argument("--decode", action="store_true", help="decode every picture, not only its head (slow)")
-    tars.add_argument(
-        "--max-broken", type=float, default=0.05, metavar="SHARE", help="share that may be broken (default 0.05)"
-    )
-    scenes = add("scenes", "rendered scenes with captions and boxes; nothing is needed")
-    for split, count in (("train", 4000), ("val", 500), ("test", 500)):
-        scenes.add_argument(f"--{split}", type=int, default=count, metavar="N", help=f"pictures (default {count})")
-    scenes.add_argument("--seed", type=int, default=0)
-    scenes.add_argument("--size", type=int, default=112, metavar="PIXELS", help="side of a picture (default 112)")
-    scenes.add_argument("--processes", type=int, metavar="N")
-    scenes.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples a tar (default 1000)")
-
-
-def run_data(args: Arguments) -> int:
-    from mmgem.data.prepare import FORMATS
-
-    own = ("command", "data_command", "format", "out", "source", "debug", "run")
-    options = {k: v for k, v in vars(args).items() if k not in own}
-    source = [args.source] if "source" in args else []
-    FORMATS[args.format](*source, args.out, **options)
     return 0
 
 
@@ -320,7 +277,7 @@ def _load(args: Arguments) -> Any:
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[Arguments], int]]] = {
     "train": ("train a model, stage by stage", add_train, run_train),
     "check": ("say what a config would build, before it runs", add_check, run_check),
-    "data": ("prepare data", add_data, run_data),
+    "data": ("prepare, index and check data", add_data, run_data),
     "eval": ("measure a model on a dataset; metrics.json and report.html", add_eval, run_eval),
     "caption": ("write captions for pictures", add_caption, run_caption),
     "regions": ("caption, embed and compare boxes of a picture", add_regions, run_regions),
@@ -341,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (help, add, run) in COMMANDS.items():
         sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         add(sub)
-        _add_debug(sub)
+        add_debug(sub)
         sub.set_defaults(run=run)
     args = _parse(parser, sys.argv[1:] if argv is None else list(argv))
     try:
@@ -356,12 +313,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mmgem: stopped", file=sys.stderr)
         code = 130
     return code
-
-
-def _add_debug(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-    )
 
 
 def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> Arguments:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from layouts import jsonl_folder, lines, picture
 from PIL import Image
 
 from mmgem.data.prepare import FORMATS, prepare_jsonl
@@ -25,40 +26,6 @@ from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
 
 COLUMNS = ("read", "written", "captions", "regions", "images_without_captions")
-
-
-def picture(number: int = 0, kind: str = "JPEG", size: tuple[int, int] = (48, 32)) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def lines(path: Path, items: list[Any]) -> None:
-    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-
-
-def jsonl_folder(folder: Path, count: int = 6) -> Path:
-    """Six pictures, the last two of val; boxes on the first two."""
-    (folder / "images").mkdir(parents=True)
-    captions = []
-    for n in range(count):
-        name, split = f"{n}_a.jpg", "train" if n < count - 2 else "val"
-        (folder / "images" / name).write_bytes(picture(n))
-        line = {"image": name, "split": split, "width": 48, "height": 32}
-        captions.append({**line, "captions": [f"picture {n} .", f"Number {n}"]})
-    lines(folder / "captions.jsonl", captions)
-    region = {"image": "0_a.jpg", "split": "train", "types": ["people"]}
-    group = {**region, "phrase": "two men", "entity_id": 7, "boxes_of_entity": 2}
-    lines(
-        folder / "regions.jsonl",
-        [
-            {**group, "box": [0, 0, 20, 20]},
-            {**group, "box": [20, 0, 40, 20]},
-            {"image": "1_a.jpg", "split": "train", "box": [1.5, 2, 30, 31], "phrase": "a dog"},
-        ],
-    )
-    return folder
 
 
 def edit(folder: Path, name: str, change: Callable[[list[dict]], Any]) -> None:
@@ -89,8 +56,8 @@ def test_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert train.sample(1).regions == (Region((1.5, 2.0, 30.0, 31.0), "a dog", None),)
     assert ShardedDataset(tmp_path / "out" / "val").keys == ["4_a", "5_a"]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["split", "read", "written", "captions", "regions"]
-    assert printed[1].split() == ["train", "4", "4", "8", "3"]
+    assert printed[0].split() == ["split", "read", "written", "skipped", "captions", "regions"]
+    assert printed[1].split() == ["train", "4", "4", "0", "8", "3"]
 
 
 def test_jsonl_without_regions(tmp_path: Path):
@@ -98,6 +65,20 @@ def test_jsonl_without_regions(tmp_path: Path):
     (source / "regions.jsonl").unlink()
     prepare_jsonl(source, tmp_path / "out")
     assert not ShardedDataset(tmp_path / "out" / "train").has_regions
+
+
+def test_jsonl_regions_on_the_line_of_the_captions(tmp_path: Path):
+    source = jsonl_folder(tmp_path / "raw")
+    (source / "regions.jsonl").unlink()
+    regions = [{"box": [1, 2, 30, 31], "phrase": "a dog", "entity_id": 3, "types": ["animals"]}]
+    edit(source, "captions.jsonl", lambda items: items[0].update(regions=regions))
+    assert prepare_jsonl(source, tmp_path / "out")["splits"]["train"]["regions"] == 1
+    sample = ShardedDataset(tmp_path / "out" / "train").sample(0)
+    assert sample.regions == (Region((1.0, 2.0, 30.0, 31.0), "a dog", "3"),)
+    assert sample.meta["regions"] == [{"types": ["animals"]}]
+    lines(source / "regions.jsonl", [{"image": "0_a.jpg", "split": "train", **regions[0]}])
+    with pytest.raises(UserError, match=r"captions\.jsonl, line 1: 0_a\.jpg has regions here and in regions\.jsonl"):
+        prepare_jsonl(source, tmp_path / "other")
 
 
 def test_a_picture_with_boxes_only_is_a_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -201,6 +182,8 @@ def test_too_many_broken_samples_stop_it(tmp_path: Path):
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").rglob("index.json"))
     assert prepare_jsonl(source, tmp_path / "out", max_broken=0.25)["skipped"]["broken image"] == 2
+    with pytest.raises(UserError, match="max_broken is 5; give a share"):
+        prepare_jsonl(source, tmp_path / "other", max_broken=5)
 
 
 def test_a_size_that_is_not_the_pictures(tmp_path: Path):

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from layouts import as_json, coco, entities, genome, save
 
 from mmgem.data.prepare import (
     prepare_coco,
     prepare_flickr30k_entities,
     prepare_folder,
-    prepare_karpathy,
     prepare_visual_genome,
 )
 from mmgem.data.prepare.flickr30k_entities import parse_sentences
@@ -26,55 +22,12 @@ from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
 
 
-def save(path: Path, number: int = 0, size: tuple[int, int] = (64, 48)) -> bytes:
-    """A picture of its own, whose bytes are given back."""
-    pixels = np.random.default_rng(number).integers(0, 255, (size[1], size[0], 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, {".png": "PNG"}.get(path.suffix, "JPEG"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(buffer.getvalue())
-    return buffer.getvalue()
-
-
-def as_json(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-    return path
-
-
 def rows(result: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     names = ("read", "written", "captions", "regions", "images_without_captions")
     return {split: tuple(row[name] for name in names) for split, row in result["splits"].items()}
 
 
 # --- coco --------------------------------------------------------------------------------------
-
-
-def coco(folder: Path, split: str, numbers: list[int], nested: bool = True) -> tuple[Path, Path]:
-    """annotations/captions_SPLIT.json and instances_SPLIT.json, as COCO 2017 has them, and the pictures."""
-    images, captions, boxes = [], [], []
-    for n in numbers:
-        name = f"{n:012d}.jpg"
-        save(folder / (f"images/{split}" if nested else "images") / name, n)
-        images.append({"license": 4, "file_name": name, "coco_url": f"http://images.cocodataset.org/{split}/{name}",
-                       "height": 48, "width": 64, "date_captured": "2013-11-14 17:02:52", "id": n})  # fmt: skip
-        captions += [{"image_id": n, "id": 10 * n + i, "caption": f"Caption {i} of {n}. "} for i in range(2)]
-        outline = [[1.0, 2.0, 30.0, 2.0, 30.0, 40.0]]
-        common = {"image_id": n, "segmentation": outline, "area": 100.5}
-        boxes += [
-            {**common, "iscrowd": 0, "bbox": [4.5, 8.25, 16.25, 32.5], "category_id": 18, "id": 900000 + n},
-            {**common, "iscrowd": 0, "bbox": [0, 0, 64, 48], "category_id": 90, "id": 910000 + n},
-        ]
-    boxes.append({**boxes[0], "segmentation": {"counts": [1], "size": [48, 64]}, "iscrowd": 1, "id": 920000})
-    categories = [{"supercategory": "animal", "id": 18, "name": "dog"},
-                  {"supercategory": "indoor", "id": 90, "name": "hair drier"}]  # fmt: skip
-    common = {"info": {"year": 2017}, "licenses": [], "images": images}
-    return (
-        as_json(folder / f"annotations/captions_{split}.json", {**common, "annotations": captions}),
-        as_json(
-            folder / f"annotations/instances_{split}.json", {**common, "annotations": boxes, "categories": categories}
-        ),
-    )
 
 
 def test_coco(tmp_path: Path):
@@ -136,50 +89,6 @@ def test_broken_coco_sources(tmp_path: Path):
 
 # --- flickr30k-entities ------------------------------------------------------------------------
 
-SENTENCES = {
-    "101": """[/EN#11/people Two small robots] wave at [/EN#12/vehicles/other a red tram] in [/EN#13/scene the yard] .
-[/EN#11/people Two robots] , [/EN#14/clothing hats] on , wave at [/EN#0/notvisual each other] .
-[/EN#11/people Two small robots] and [/EN#12/other a tram] 's driver .
-""",
-    "102": "[/EN#21/animals A cat] sleeps on [/EN#22/other a shelf] .\nNothing is marked here .\n",
-    "103": "[/EN#31/people A woman] reads [/EN#32/other a book] .\n",
-}
-OBJECTS = {
-    "101": [(("11",), (1, 2, 20, 40)), (("11", "14"), (30, 2, 50, 40)), (("12",), (5, 1, 64, 48)), (("13",), None)],
-    "102": [(("21",), (3, 4, 10, 12)), (("22",), (1, 1, 64, 48))],
-    "103": [(("31",), (10, 10, 20, 20)), (("32",), None)],
-}
-RAW = {
-    "101": ["Two small robots wave at a red tram in the yard.", "Two robots, hats on, wave at each other.",
-            "Two small robots and a tram's driver."],
-    "102": ["A cat sleeps on a shelf.", "Nothing is marked here."],
-    "103": ["A woman reads a book."],
-}  # fmt: skip
-
-
-def entities(folder: Path, lists: dict[str, list[str]]) -> Path:
-    """Annotations/, Sentences/ and the lists, as the annotations.zip and the repository have them."""
-    for number, name in enumerate(SENTENCES):
-        save(folder / f"flickr30k-images/{name}.jpg", number)
-        objects = []
-        for names, box in OBJECTS[name]:
-            inner = "".join(f"\t\t<name>{entity}</name>\n" for entity in names)
-            if box is None:
-                inner += "\t\t<scene>1</scene>\n\t\t<nobndbox>0</nobndbox>\n"
-            else:
-                corners = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
-                inner += "\t\t<bndbox>" + "".join(f"<{tag}>{at}</{tag}>" for tag, at in corners) + "</bndbox>\n"
-            objects.append(f"\t<object>\n{inner}\t</object>\n")
-        size = "\t<size>\n\t\t<width>64</width>\n\t\t<height>48</height>\n\t\t<depth>3</depth>\n\t</size>\n"
-        xml = f"<annotation>\n\t<filename>{name}.jpg</filename>\n{size}{''.join(objects)}</annotation>\n"
-        for kind, text in (("Annotations/{}.xml", xml), ("Sentences/{}.txt", SENTENCES[name])):
-            path = folder / kind.format(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-    for split, names in lists.items():
-        (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
-    return folder
-
 
 def test_flickr30k_entities(tmp_path: Path):
     source = entities(tmp_path / "raw", {"train": ["101"], "val": ["102"], "test": ["103"]})
@@ -207,26 +116,6 @@ def test_flickr30k_entities(tmp_path: Path):
     assert extras[2] == {"types": ["vehicles", "other"]} and extras[5] == {"types": ["clothing"]}
 
 
-def test_karpathy_and_flickr30k_entities_give_the_same_pictures_splits_and_captions(tmp_path: Path):
-    splits = {"101": "train", "102": "val", "103": "test"}
-    source = entities(tmp_path / "raw", {split: [name] for name, split in splits.items()})
-    images = source / "flickr30k-images"
-    listed = [
-        {"sentids": [], "imgid": n, "sentences": [{"raw": raw, "imgid": n, "sentid": 0} for raw in RAW[name]],
-         "split": splits[name], "filename": f"{name}.jpg"}
-        for n, name in enumerate(splits)
-    ]  # fmt: skip
-    path = as_json(tmp_path / "dataset_flickr30k.json", {"images": listed, "dataset": "flickr30k"})
-    prepare_karpathy(path, tmp_path / "karpathy", images=images)
-    prepare_flickr30k_entities(source, tmp_path / "entities", images=images)
-    for split in splits.values():
-        one, two = (ShardedDataset(tmp_path / kind / split) for kind in ("karpathy", "entities"))
-        assert one.keys == two.keys
-        captions = [[re.sub(r"\s", "", c) for c in dataset.captions(0)] for dataset in (one, two)]
-        assert captions[0] == captions[1]
-        assert one.sample(0).image == two.sample(0).image
-
-
 def test_flickr30k_entities_without_lists_or_out_of_them(tmp_path: Path):
     source = entities(tmp_path / "raw", {})
     images = source / "flickr30k-images"
@@ -238,6 +127,9 @@ def test_flickr30k_entities_without_lists_or_out_of_them(tmp_path: Path):
     entities(source, {"test": ["101"]})
     with pytest.raises(UserError, match=r"test\.txt: 101 is in train\.txt too"):
         prepare_flickr30k_entities(source, tmp_path / "twice", images=images)
+    entities(source, {"test": ["104"]})
+    result = prepare_flickr30k_entities(source, tmp_path / "missing", images=images, max_broken=0.5)
+    assert result["skipped"] == {"text file missing": 1} and "104" in result["examples"]["text file missing"][0]
 
 
 def test_broken_files_of_flickr30k_entities_are_named(tmp_path: Path):
@@ -258,24 +150,6 @@ def test_broken_files_of_flickr30k_entities_are_named(tmp_path: Path):
 # --- visual-genome -----------------------------------------------------------------------------
 
 
-def genome(folder: Path, flat: bool) -> tuple[Path, Path]:
-    pictures = {1: ("VG_100K_2", "1.jpg"), 2370463: ("VG_100K", "2370463.jpg"), 7: ("VG_100K", "7.jpg")}
-    described, known = [], []
-    for name, (part, file) in pictures.items():
-        save(folder / "images" / ("" if flat else part) / file, name)
-        url = f"https://cs.stanford.edu/people/rak248/{part}/{file}"
-        known.append({"width": 64, "url": url, "height": 48, "image_id": name, "coco_id": None, "flickr_id": name + 1})
-        regions = [
-            {"region_id": 10 * name + i, "width": 20 + i, "height": 30, "image_id": name, "phrase": f"thing {i}",
-             "y": 5, "x": 4} for i in range(2)
-        ]  # fmt: skip
-        described.append({"regions": regions, "id": name})
-    described[1]["regions"].append({**described[1]["regions"][0], "x": 70, "phrase": "beyond the border"})
-    as_json(folder / "region_descriptions.json", described)
-    as_json(folder / "image_data.json", known)
-    return folder, folder / "images"
-
-
 @pytest.mark.parametrize("flat", [False, True])
 def test_visual_genome(tmp_path: Path, flat: bool):
     source, images = genome(tmp_path / "raw", flat)
@@ -293,21 +167,59 @@ def test_visual_genome(tmp_path: Path, flat: bool):
     assert sample.meta == {"image_id": 1, "flickr_id": 2, "image": "VG_100K_2/1.jpg"}
 
 
+def test_visual_genome_1_0(tmp_path: Path):
+    """Its fields had other names."""
+    source, images = genome(tmp_path / "raw", flat=False)
+    described, known = (
+        json.loads((source / f"{name}.json").read_text()) for name in ("region_descriptions", "image_data")
+    )
+    for region in (region for item in described for region in item["regions"]):
+        region["id"], region["image"] = region.pop("region_id"), region.pop("image_id")
+    for item in known:
+        item["id"] = item.pop("image_id")
+    as_json(source / "region_descriptions.json", described)
+    as_json(source / "image_data.json", known)
+    assert rows(prepare_visual_genome(source, tmp_path / "out", images=images)) == {"train": (3, 3, 0, 6, 3)}
+    sample = ShardedDataset(tmp_path / "out/train").sample(0)
+    assert sample.meta == {"image_id": 1, "flickr_id": 2, "image": "VG_100K_2/1.jpg"}
+
+
 def test_visual_genome_refuses(tmp_path: Path):
     source, images = genome(tmp_path / "raw", flat=False)
     whole = (source / "region_descriptions.json").read_text()
     for text, message in (
-        (whole[:-1], "no whole list, it ends or breaks"),
-        (whole[: len(whole) // 2], "not JSON"),
+        (whole[:-1], "no whole JSON list, it ends or breaks after 3 items"),
+        (whole[: len(whole) // 2], "no whole JSON list, it ends or breaks after 1 items"),
         (whole.replace('"id": 7', '"id": 8'), "item 2: KeyError.*image_data.json"),
-        ("{}", "no whole list"),
+        ("{}", "no whole JSON list"),
+        ("", "no whole JSON list"),
         ("[]", "nothing to write"),
     ):
         (source / "region_descriptions.json").write_text(text)
         with pytest.raises(UserError, match=message):
             prepare_visual_genome(source, tmp_path / "out", images=images)
+    for content, message in (({}, "a list of images"), ([{"url": "x"}], "item 0: an image with image_id")):
+        as_json(source / "image_data.json", content)
+        with pytest.raises(UserError, match=message):
+            prepare_visual_genome(source, tmp_path / "out", images=images)
     assert not (tmp_path / "out").exists()
-    assert list(items_of(Path("x"), ' [\n 1 , {"a": []}\n,[2]] ')) == [1, {"a": []}, [2]]
+
+
+@pytest.mark.parametrize("at_once", [7, 30, 1000])
+def test_a_list_is_parsed_item_by_item(tmp_path: Path, at_once: int):
+    file = tmp_path / "x.json"
+    items = [{"a": [1, {"b": "],["}]}, {}, {"größe": "\\u00e9,"}, [2], None]
+    file.write_text(
+        "\ufeff [\n" + " ,\t".join(json.dumps(item, ensure_ascii=False) for item in items) + "\n] ", "utf-8"
+    )
+    if at_once >= 30:
+        assert list(items_of(file, at_once)) == items
+    else:
+        with pytest.raises(UserError, match="after 0 items"):  # an item is larger
+            list(items_of(file, at_once))
+    for text in ("[]", " [ ] "):
+        file.write_text(text)
+        assert list(items_of(file, at_once)) == []
 
 
 # --- folder ------------------------------------------------------------------------------------
@@ -348,8 +260,8 @@ def test_folder_of_classes(tmp_path: Path):
 
 
 def test_first_folders_named_like_splits_are_the_splits(tmp_path: Path):
-    for number, name in enumerate(["train/cat/1.jpg", "train/dog/2.jpg", "val/cat/1.jpg"]):
+    for number, name in enumerate(["train/cat/1.jpg", "train/dog/2.jpg", "valid/cat/1.jpg"]):
         save(tmp_path / "raw" / name, number)
-    assert list(rows(prepare_folder(tmp_path / "raw", tmp_path / "out"))) == ["train", "val"]
-    val = ShardedDataset(tmp_path / "out/val")
-    assert val.keys == ["val_cat_1"] and val.captions(0) == ("a photo of a cat.",)
+    assert list(rows(prepare_folder(tmp_path / "raw", tmp_path / "out"))) == ["train", "valid"]
+    valid = ShardedDataset(tmp_path / "out/valid")
+    assert valid.keys == ["valid_cat_1"] and valid.captions(0) == ("a photo of a cat.",)

@@ -101,16 +101,17 @@ def test_shares_split_each_picture_whatever_the_others_are(tmp_path: Path):
 
 
 def test_a_file_lists_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    paths = [tmp_path / "raw" / name for name in ("a/1.jpg", "b/1.jpg", "b/2.jpg", "3.v2.jpg")]
+    paths = [tmp_path / "raw" / name for name in ("a/1.jpg", "b/1.jpg", "b/2.jpg", "3.v2.jpg", "c/d/4.jpg")]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gradient(16, 16))
     made = [Record(f"{path.parent.name}_{path.name[0]}", "source", path, "x") for path in paths]
+    made[-1] = made[-1]._replace(key="own")  # COCO's keys are names without folders
     listed = tmp_path / "splits.json"
-    listed.write_text(json.dumps({"train": ["a/1.jpg", "b_1"], "dev": ["3.v2.jpg", "9.jpg"]}))
+    listed.write_text(json.dumps({"train": ["a/1.jpg", "b_1"], "dev": ["3.v2.jpg", "9.jpg", "c/d/4.jpg"]}))
     result = prepare(lambda: made, tmp_path / "out", split_by=listed)
-    assert keys(tmp_path / "out") == {"dev": ["raw_3"], "train": ["a_1", "b_1"]}
-    assert {split: row["read"] for split, row in result["splits"].items()} == {"train": 2, "dev": 1}
+    assert keys(tmp_path / "out") == {"dev": ["raw_3", "own"], "train": ["a_1", "b_1"]}
+    assert {split: row["read"] for split, row in result["splits"].items()} == {"train": 2, "dev": 2}
     printed = capsys.readouterr().out
     assert "left out: 1 × in no split: b_2" in printed and "not in the source: 1 listed names: 9" in printed
 

@@ -6,7 +6,8 @@ Receives the annotation files (`{"images": [{"id", "file_name", "width", "height
 (captions_train2017.json -> train). A box gets its category's name as phrase and its annotation's id as entity; crowds
 are left out and counted. Refuses a file of another shape, and files that do not belong together.
 
-The keys are those of `karpathy`. Outlines are dropped as they are read; the rest of the files is held in memory.
+The keys are those of `karpathy`. Outlines are dropped as they are read; the rest of the files is held in memory (1.5 GB
+for train2017 with instances).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from mmgem.data.prepare.reading import Record, list_of, need_folder, read_json, safe_key
+from mmgem.data.prepare.reading import Record, box_of, list_of, need_folder, read_json, safe_key
 from mmgem.data.prepare.splits import check_split_name
 from mmgem.data.prepare.writing import WriteOptions, prepare
 from mmgem.errors import UserError
@@ -129,8 +130,7 @@ def _pictures_of(part: Part) -> list[tuple[dict[str, Any], int]]:
         if item.get("iscrowd"):
             crowds[item["image_id"]] += 1
             return
-        x, y, width, height = item["bbox"]
-        region = {"box": [x, y, x + width, y + height], "phrase": categories[item["category_id"]]}
+        region = {"box": box_of(*item["bbox"]), "phrase": categories[item["category_id"]]}
         pictures[item["image_id"]].setdefault("regions", []).append({**region, "entity": str(item["id"])})
 
     content = read_json(part.captions)
@@ -151,5 +151,5 @@ def _each(path: Path, content: Any, name: str, add: Callable[[dict[str, Any]], N
             add(item)
         except KeyError as error:
             raise UserError(f"{path}, {name}[{number}]: {error} is missing, or no item has this id") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{path}, {name}[{number}] is not an item of COCO: {error}") from error

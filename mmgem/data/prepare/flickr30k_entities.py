@@ -50,7 +50,7 @@ def prepare_flickr30k_entities(
         need_folder(source / folder, "a file a picture")
     need_folder(images, "the pictures")
     split_of = _split_of(source)
-    names = sorted(path.stem for path in (source / "Sentences").glob("*.txt"))
+    names = sorted({path.stem for path in (source / "Sentences").glob("*.txt")} | split_of.keys())
     plan = {"format": "flickr30k-entities", "source": str(source.resolve()), "images": str(images.resolve())}
     return prepare(partial(records, source, images, names, split_of), out, plan=plan, load=with_texts, **options)
 
@@ -120,7 +120,11 @@ def _split_of(source: Path) -> dict[str, str]:
         path = source / f"{split}.txt"
         if not path.exists():
             continue
-        for name in path.read_text(encoding="utf-8").split():
+        try:
+            names = path.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path}: {error}; it should list pictures, an ID a line") from error
+        for name in names:
             if split_of.setdefault(name, split) != split:
                 raise UserError(f"{path}: {name} is in {split_of[name]}.txt too; fetch the lists again")
     return split_of

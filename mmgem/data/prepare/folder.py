@@ -2,9 +2,10 @@
 
 Receives a folder, nested as it likes. Where pictures have a text of the same name (a.jpg, a.txt), each line of it is a
 caption. Where there is no such text at all, the folder that a picture lies in is its class ("golden_retriever/1.jpg"),
-and a template makes the caption; the record keeps the class. Gives a dataset; keys are relative paths. Where the first
-folders are named train, val and test, they are the splits, else all is train. Refuses a folder without pictures and a
-template without {}. A picture without its text, or without a class, is skipped and named.
+and a template makes the caption; the record keeps the class. Gives a dataset; keys are relative paths. Where all first
+folders are named like splits (train, val, test …), they are the splits, else all is train. Refuses a folder without
+pictures, one that cannot be read, and a template without {}. A picture without its text, or without a class, is skipped
+and named.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 
 from mmgem.data.prepare.reading import Record, need_folder, read_text, safe_key
 from mmgem.data.prepare.writing import WriteOptions, prepare
@@ -22,7 +23,7 @@ from mmgem.errors import UserError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEMPLATE = "a photo of a {}."
-SPLITS = {"train", "val", "test"}
+SPLITS = {"train", "val", "valid", "validation", "dev", "test"}
 
 
 def prepare_folder(
@@ -41,13 +42,16 @@ def prepare_folder(
     plan = {"format": "folder", "source": str(source.resolve()), "template": None if have_texts else template}
     if have_texts:
         return prepare(partial(with_texts, source, places), out, plan=plan, load=with_captions, **options)
+    if places:
+        print(f"{source}: no picture has a .txt of its name: its folder is its class, its caption {template!r}")
     return prepare(partial(with_classes, source, places, template), out, plan=plan, **options)
 
 
 def with_texts(source: Path, places: list[str]) -> Iterator[Record]:
     """The pictures by path, their texts still to be read."""
-    for place, split in zip(places, _splits(places), strict=True):
-        path = source / place
+    have_splits = _have_splits(places)
+    for place in places:
+        path, split = source / place, place.partition("/")[0] if have_splits else "train"
         yield Record(safe_key(place), split, path, {"image": place}, files=(path.with_suffix(".txt"),))
 
 
@@ -60,20 +64,26 @@ def with_captions(record: Record) -> Record:
 
 def with_classes(source: Path, places: list[str], template: str) -> Iterator[Record]:
     """The pictures by path; one that lies in no class has no caption."""
-    above = 1 if _have_splits(places) else 0
-    for place, split in zip(places, _splits(places), strict=True):
+    have_splits = _have_splits(places)
+    for place in places:
+        *folders, _ = place.split("/")
+        split = folders.pop(0) if have_splits else "train"
         meta: dict[str, Any] = {"captions": [], "image": place}
-        if folders := place.split("/")[above:-1]:
+        if folders:
             name = re.sub(r"[_-]+", " ", folders[-1]).strip()
             meta |= {"captions": [template.replace("{}", name)], "class": name}
         yield Record(safe_key(place), split, source / place, meta)
 
 
 def pictures_in(source: Path) -> tuple[list[str], bool]:
-    """The paths of the pictures below the folder, in order, and whether any has a text of its name."""
+    """The paths of the pictures below the folder, in order, and whether any has a text of its name. Raises OSError."""
     places: list[str] = []
     have_texts, seen = False, set[str]()
-    for folder, folders, files in os.walk(source, followlinks=True):
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    for folder, folders, files in os.walk(source, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
         if real in seen:  # a link back, or a second way
             folders.clear()
@@ -89,12 +99,6 @@ def pictures_in(source: Path) -> tuple[list[str], bool]:
     return sorted(places), have_texts
 
 
-def _splits(places: list[str]) -> Iterator[str]:
-    """The first folder of each where all are named like splits; else train."""
-    have_splits = _have_splits(places)
-    for place in places:
-        yield place.partition("/")[0] if have_splits else "train"
-
-
 def _have_splits(places: list[str]) -> bool:
+    """Whether the first folder of each is a split."""
     return all(place.partition("/")[0] in SPLITS for place in places)

@@ -1,21 +1,23 @@
 """Reader `jsonl`: a folder of pictures with captions, and boxes where there are any, one a line.
 
-Receives a folder with `images/`, `captions.jsonl` (`image`, `split`, `captions`, and `width`,
-`height` where known) and, where boxes are known, `regions.jsonl` (`image`, `split`, `box`,
-`phrase`, and `entity_id` where known). Gives a dataset; captions stay as they are, `entity_id`
-becomes the region's entity, all other fields of a line are kept beside them. A phrase that speaks
-of a group (`boxes_of_entity` above 1) gives one region a line. Refuses a folder without these files
-and a line that is not a JSON object with its fields; both are named.
+Receives a folder with `images/`, `captions.jsonl` (`image`, `split`, `captions`, and `width`, `height`, `regions` where
+known) and, where boxes have a file of their own, `regions.jsonl` (`image`, `split`, `box`, `phrase`, and `entity_id`
+where known). Gives a dataset; captions stay as they are, `entity_id` becomes the region's entity, all other fields of a
+line are kept beside them. A phrase that speaks of a group (`boxes_of_entity` above 1) gives one region a line. Refuses
+a folder without these files and a line that is not a JSON object with its fields; both are named.
 
-captions.jsonl is read line by line; the lines of regions.jsonl are held in memory.
+Both files are read line by line. Of regions.jsonl it is held in memory where the lines of each picture begin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, BinaryIO, Unpack
 
 from mmgem.data.prepare.reading import Record, need_folder, read_jsonl, safe_key
 from mmgem.data.prepare.writing import WriteOptions, prepare
@@ -24,8 +26,8 @@ from mmgem.errors import UserError
 CAPTIONS = "captions.jsonl"
 REGIONS = "regions.jsonl"
 
-Regions = Mapping[str, tuple[str, list[dict[str, Any]]]]
-"""Picture -> its split and its regions."""
+Places = Mapping[str, tuple[str, "array[int]"]]
+"""Picture -> its split, and the byte at which each of its lines begins."""
 
 
 def prepare_jsonl(source: Path, out: Path, **options: Unpack[WriteOptions]) -> dict[str, Any]:
@@ -36,40 +38,59 @@ def prepare_jsonl(source: Path, out: Path, **options: Unpack[WriteOptions]) -> d
     source = Path(source)
     need_folder(need_folder(source, f"images/ and {CAPTIONS}") / "images", "the pictures")
     plan = {"format": "jsonl", "source": str(source.resolve())}
-    return prepare(partial(records, source, regions_of(source / REGIONS)), out, plan=plan, **options)
+    return prepare(partial(records, source, places_of(source / REGIONS)), out, plan=plan, **options)
 
 
-def records(source: Path, regions: Regions) -> Iterator[Record]:
+def records(source: Path, places: Places) -> Iterator[Record]:
     """The pictures of captions.jsonl in its order, then those that have boxes only."""
     images, seen = source / "images", set[str]()
-    for number, item in read_jsonl(source / CAPTIONS):
-        where = f"{source / CAPTIONS}, line {number}"
-        name, split = _text(item, "image", where), _text(item, "split", where)
-        if not isinstance(item.get("captions"), list):
-            raise UserError(f'{where}: no list of captions; give "captions": ["…"]')
-        meta = {k: v for k, v in item.items() if k not in ("split", "regions")}
-        if name in regions:
-            meta["regions"] = regions[name][1]
-            seen.add(name)
-        yield Record(safe_key(name), split, images / name, meta)
-    for name, (split, listed) in regions.items():
-        if name not in seen:
-            yield Record(safe_key(name), split, images / name, {"image": name, "regions": listed})
+    with (source / REGIONS).open("rb") if places else BytesIO() as lines:
+        for number, _, item in read_jsonl(source / CAPTIONS):
+            where = f"{source / CAPTIONS}, line {number}"
+            name, split = _text(item, "image", where), _text(item, "split", where)
+            if not isinstance(item.get("captions"), list):
+                raise UserError(f'{where}: no list of captions; give "captions": ["…"]')
+            meta = {k: v for k, v in item.items() if k != "split"}
+            if isinstance(item.get("regions"), list):
+                meta["regions"] = list(map(_region, item["regions"]))
+            if name in places:
+                if item.get("regions"):
+                    raise UserError(f"{where}: {name} has regions here and in {REGIONS}; keep them in one place")
+                meta["regions"] = _regions(lines, places[name][1])
+                seen.add(name)
+            yield Record(safe_key(name), split, images / name, meta)
+        for name, (split, begins) in places.items():
+            if name not in seen:
+                meta = {"image": name, "regions": _regions(lines, begins)}
+                yield Record(safe_key(name), split, images / name, meta)
 
 
-def regions_of(path: Path) -> Regions:
-    """The content of regions.jsonl; nothing where there is no such file."""
-    grouped: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+def places_of(path: Path) -> Places:
+    """Of regions.jsonl; nothing where there is no such file."""
+    places: dict[str, tuple[str, array[int]]] = {}
     if not path.exists():
-        return grouped
-    for number, item in read_jsonl(path):
+        return places
+    for number, begin, item in read_jsonl(path):
         where = f"{path}, line {number}"
         name, split = _text(item, "image", where), _text(item, "split", where)
-        region = {k: v for k, v in item.items() if k not in ("image", "split", "entity_id")}
-        if item.get("entity_id") is not None:
-            region["entity"] = str(item["entity_id"])
-        grouped.setdefault(name, (split, []))[1].append(region)
-    return grouped
+        places.setdefault(name, (split, array("q")))[1].append(begin)
+    return places
+
+
+def _regions(lines: BinaryIO, begins: Iterable[int]) -> list[Any]:
+    regions = []
+    for begin in begins:
+        lines.seek(begin)
+        regions.append(_region(json.loads(lines.readline())))
+    return regions
+
+
+def _region(item: Any) -> Any:
+    """A region as a shard's record has it. What is no object stays as it is, and is refused with its sample."""
+    if not isinstance(item, dict):
+        return item
+    region = {k: v for k, v in item.items() if k not in ("image", "split", "entity_id")}
+    return region if item.get("entity_id") is None else {**region, "entity": str(item["entity_id"])}
 
 
 def _text(item: dict[str, Any], name: str, where: str) -> str:

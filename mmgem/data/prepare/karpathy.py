@@ -8,6 +8,7 @@ Refuses a file of another shape and a missing folder. Widths and heights are rea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Unpack
@@ -50,7 +51,7 @@ def records(source: Path, images: Path, restval: str = "train") -> Iterator[Reco
         meta = {"captions": captions, "image": name}
         meta |= {field: item[field] for field in _IDS if field in item}
         # Not everyone keeps COCO's train2014/ and val2014/: one flat folder is fine too.
-        place = folder / name if (images / folder).is_dir() else Path(name)
+        place = folder / name if os.path.isdir(images / folder) else Path(name)
         found.append((place, restval if split == "restval" else split, meta))
     folders: dict[str, set[Path]] = {}
     for place, _, meta in found:

@@ -6,13 +6,15 @@ the file and line, what is missing or not of its form.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmgem.data.samples import BROKEN_META, SampleError
+from mmgem.data.samples import BROKEN_META, MOST_TEXT, SampleError, shallow
 from mmgem.errors import UserError
 
 NO_TEXT_FILE = "text file missing"
@@ -52,20 +54,22 @@ def need_folder(path: Path, what: str) -> Path:
     return path
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line that is not blank. Raises UserError naming the line."""
+def read_jsonl(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(line number, first byte, object) of each line that is not blank. Raises UserError naming the line."""
+    end = 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
+                begin, end = end, end + len(line)
                 if not line.strip():
                     continue
                 try:
-                    item = json.loads(line)
+                    item = shallow(json.loads(line))
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from error
                 if not isinstance(item, dict):
                     raise UserError(f"{path}, line {number}: an object is expected")
-                yield number, item
+                yield number, begin, item
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
@@ -79,7 +83,7 @@ def read_json(path: Path, without: Collection[str] = ()) -> Any:
         return item
 
     try:
-        return json.loads(path.read_bytes(), object_hook=kept if without else None)
+        return shallow(json.loads(path.read_text(encoding="utf-8-sig"), object_hook=kept if without else None))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -94,10 +98,31 @@ def list_of(content: Any, name: str, path: Path, what: str) -> list[Any]:
     return listed
 
 
+def read_file(path: Path, most: int) -> bytes:
+    """The content of a file of `most` bytes. Raises OSError, also for what is no file: a device may not end."""
+    try:
+        found = path.stat()
+    except ValueError as error:  # a name that no file can have
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    if found.st_size > most:
+        raise OSError(errno.EINVAL, f"{found.st_size} bytes, {most} at most", str(path))
+    return path.read_bytes()
+
+
+def box_of(x: Any, y: Any, width: Any, height: Any) -> list[float]:
+    """Corner and size -> xyxy. Raises TypeError, OverflowError."""
+    for value in (x, y, width, height):
+        if not isinstance(value, int | float):
+            raise TypeError(f"a {type(value).__name__} in a box")
+    return [float(x), float(y), float(x) + width, float(y) + height]
+
+
 def read_text(key: str, path: Path) -> str:
     """The content of a text file that belongs to one sample. Raises SampleError."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_file(path, MOST_TEXT).decode("utf-8-sig")
     except OSError as error:
         raise SampleError(key, NO_TEXT_FILE, f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -20,9 +20,18 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mmgem.data.index import ShardEntry, write_whole
-from mmgem.data.prepare.reading import Load, Record
+from mmgem.data.prepare.reading import Load, Record, read_file
 from mmgem.data.processes import stop_if_asked
-from mmgem.data.samples import BROKEN_META, DUPLICATE_KEY, Region, Sample, SampleError, decode_image, parse_sample
+from mmgem.data.samples import (
+    BROKEN_META,
+    DUPLICATE_KEY,
+    MOST_IMAGE,
+    Region,
+    Sample,
+    SampleError,
+    decode_image,
+    parse_sample,
+)
 from mmgem.data.writer import UNFINISHED, ShardFile, image_extension, shard_path
 
 NO_FILE = "image file missing"
@@ -118,7 +127,7 @@ def _fingerprint(task: Task) -> str:
 def _mark(file: Path) -> list[Any]:
     try:
         found = file.stat()
-    except OSError:
+    except (OSError, ValueError):
         return [str(file)]
     return [str(file), found.st_size, found.st_mtime_ns]
 
@@ -151,7 +160,7 @@ def _sample(record: Record, job: Job, dropped: Counter[str]) -> Sample:
         record = job.load(record)
     dropped.update(record.dropped)
     try:
-        data = record.image if isinstance(record.image, bytes) else record.image.read_bytes()
+        data = record.image if isinstance(record.image, bytes) else read_file(record.image, MOST_IMAGE)
     except OSError as error:
         raise SampleError(record.key, NO_FILE, f"{error.filename}: {error.strerror}") from error
     sample = parse_sample(record.key, data, record.meta, dropped)

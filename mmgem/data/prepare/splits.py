@@ -48,13 +48,12 @@ class Shares(SplitBy):
 
 class Lists(SplitBy):
     def __init__(self, listed: dict[str, str]) -> None:
-        """`listed`: key, or the key that a file name alone makes -> split."""
+        """`listed`: the key that a listed name makes -> split."""
         self._listed = listed
         self._used: set[str] = set()
 
     def __call__(self, record: Record) -> str:
-        names = [record.key, *([safe_key(record.image.name)] if isinstance(record.image, Path) else [])]
-        name = next((name for name in names if name in self._listed), None)
+        name = next((name for name in _names(record) if name in self._listed), None)
         if name is None:
             return ""
         self._used.add(name)
@@ -62,6 +61,14 @@ class Lists(SplitBy):
 
     def unused(self) -> list[str]:
         return [name for name in self._listed if name not in self._used]
+
+
+def _names(record: Record) -> Iterator[str]:
+    """The key, and those that the last part of the picture's path makes, the last two, …"""
+    yield record.key
+    if isinstance(record.image, Path):
+        parts = record.image.parts
+        yield from (safe_key("/".join(parts[-count:])) for count in range(1, len(parts) + 1))
 
 
 def read_split_by(text: str | Path | None) -> SplitBy:

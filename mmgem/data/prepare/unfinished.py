@@ -10,12 +10,9 @@ While a split is unfinished its folder has no index.json, but `unfinished/plan.j
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +35,7 @@ _PLAN = "plan.json"
 
 
 class SplitFolder:
-    """`check` the folders of all splits, then, with each `locked`, `begin`, make the shards, `finish`, `clean`."""
+    """`check` the folders of all splits, then, with each locked, `begin`, make the shards, `finish`, `clean`."""
 
     def __init__(self, path: Path, plan: Mapping[str, Any]) -> None:
         self.path = path
@@ -58,22 +55,6 @@ class SplitFolder:
             )
         elif not self._is_left_over():
             check_split_dir(self.path, overwrite=False)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Raises UserError where another process holds the folder. The system lets go of it when this one ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another process is at work in {self.path}: wait for it or stop it") from error
-            except OSError:  # a file system without locks
-                pass
-            yield
-        finally:
-            os.close(handle)
 
     def begin(self) -> None:
         """Takes away what is not of this plan."""

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import errno
 import time
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import PIL
 
 from mmgem import __version__
@@ -31,11 +33,12 @@ from mmgem.data.prepare.splits import SplitBy, check_split_name, in_splits, read
 from mmgem.data.prepare.unfinished import SplitFolder
 from mmgem.data.processes import cpus, map_in_order
 from mmgem.data.samples import SampleError, Tally
-from mmgem.data.writer import Totals
+from mmgem.data.writer import Totals, locked
 from mmgem.errors import UserError
 from mmgem.progress import Progress
 
 MAX_BROKEN = 0.05
+_READ_AT_ONCE = 10_000  # records between two looks at the progress
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -88,9 +91,10 @@ def prepare(
     for name, value in (("shard_size", shard_size), ("resize", resize), ("limit", limit), ("processes", processes)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; give 1 or more")
+    check_share(max_broken)
     out, started = Path(out), time.monotonic()
     named, outside = read_split_by(split_by), Tally()
-    counts = _count(in_splits(records(), named, splits, limit, outside), splits)
+    counts, again = _count(in_splits(records(), named, splits, limit, outside), splits)
     if not counts:
         raise UserError(f"nothing to write to {out}: the source has no samples{_in_no_split(outside)}")
     whole_plan = {
@@ -104,11 +108,11 @@ def prepare(
         folder.check(overwrite=overwrite)
     shards = {split: -(-count // shard_size) for split, count in counts.items()}
     books = _Books(counts, shards)
-    tasks = _tasks(in_splits(records(), named, splits, limit, Tally()), shard_size)
+    tasks = _tasks(in_splits(records(), named, splits, limit, Tally()), shard_size, again)
     processes = min(processes or cpus(), sum(shards.values()))
     with ExitStack() as stack, _disk_full(out, books, folders):
         for folder in folders.values():
-            stack.enter_context(folder.locked())
+            stack.enter_context(locked(folder.path))
             folder.begin()
         made = stack.enter_context(closing(map_in_order(partial(make_shard, Job(out, load, resize)), tasks, processes)))
         _follow(made, books, max_broken)
@@ -119,6 +123,12 @@ def prepare(
     notes = books.notes(out) + _notes_of_splits(outside, named)
     result = account(out, books.rows(), books.tally, time.monotonic() - started, notes)
     return {**result, "kept": books.kept.total()}
+
+
+def check_share(max_broken: float) -> None:
+    """Raises UserError where it is no share."""
+    if not 0 <= max_broken <= 1:
+        raise UserError(f"max_broken is {max_broken:g}; give a share from 0 to 1, as 0.05 for 5 in 100")
 
 
 def check_broken(tally: Tally, read: int, max_broken: float) -> None:
@@ -139,18 +149,19 @@ def account(
     notes: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Prints the table of what was read, written and left out, and returns it as a dict."""
-    columns = ["read", "written", "captions", "regions"]
+    columns = ["read", "written", "skipped", "captions", "regions"]
     width = max(5, *map(len, rows))
     lines = [" ".join([f"{'split':<{width}}", *(f"{name:>10}" for name in columns)])]
     for name, row in rows.items():
-        lines.append(" ".join([f"{name:<{width}}", *(f"{row[c]:>10}" for c in columns)]))
+        counts = {**row, "skipped": row["read"] - row["written"]}
+        lines.append(" ".join([f"{name:<{width}}", *(f"{counts[c]:>10}" for c in columns)]))
     if without := sum(row["images_without_captions"] for row in rows.values()):
         lines.append(f"pictures without captions: {without}")
     lines += [f"skipped: {text}" for text in describe(tally.skipped, tally.examples)]
     lines += [f"dropped: {text}" for text in describe(tally.dropped, {})]
     lines += notes
     lines.append(f"wrote {out} in {seconds:.1f} s")
-    print("\n".join(lines))
+    print("\n".join(lines).encode(errors="replace").decode())  # names of files need not be Unicode
     return {
         "out": str(out),
         "seconds": seconds,
@@ -214,27 +225,36 @@ class _Books:
         return [*notes, *([f"every skipped sample is named in {', '.join(where)}"] if where else [])]
 
 
-def _count(records: Iterable[Record], splits: Sequence[str] | None) -> dict[str, int]:
-    """Split → its records. Raises UserError for a split that is not there, and a name that cannot be one."""
-    counts = dict(Counter(record.split for record in records))
+def _count(records: Iterable[Record], splits: Sequence[str] | None) -> tuple[dict[str, int], set[int]]:
+    """Split → its records; and the hashes that more than one key has, so that few keys need to be kept to find those
+    that come again. Raises UserError for a split that is not there, and a name that cannot be one."""
+    counts, hashes = Counter[str](), array("q")
+    with Progress("reading", None) as progress:
+        for record in records:
+            counts[record.split] += 1
+            hashes.append(hash(record.key))
+            if len(hashes) % _READ_AT_ONCE == 0:
+                progress.advance(_READ_AT_ONCE)
     for split in splits or ():
         if split not in counts:
             raise UserError(f"the source has no split {split!r}: leave out --splits to see all")
     for split in counts:
         check_split_name(split)
-    return counts
+    hashes_N = np.sort(np.array(hashes, dtype=np.int64))
+    return dict(counts), set(hashes_N[1:][hashes_N[1:] == hashes_N[:-1]].tolist())
 
 
-def _tasks(records: Iterable[Record], shard_size: int) -> Iterator[Task]:
-    """The shards, each when its last record is there."""
+def _tasks(records: Iterable[Record], shard_size: int, again: Container[int]) -> Iterator[Task]:
+    """The shards, each when its last record is there. `again`: the hashes of the keys that may come again."""
     seen: set[str] = set()
     filling: dict[str, Task] = {}
     for record in records:
         split = record.split
         task = filling.setdefault(split, Task(split, 0, [], []))
-        if record.key in seen:
-            task.repeated.append(len(task.records))
-        seen.add(record.key)
+        if hash(record.key) in again:
+            if record.key in seen:
+                task.repeated.append(len(task.records))
+            seen.add(record.key)
         task.records.append(record)
         if len(task.records) == shard_size:
             yield task
