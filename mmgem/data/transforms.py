@@ -66,14 +66,16 @@ def plain_view(preprocess: Preprocess, width: int, height: int) -> View:
 
 
 def draw_view(config: DataConfig, preprocess: Preprocess, width: int, height: int, rng: np.random.Generator) -> View:
-    """A crop of a random share of the plain view's area (its aspect within 3/4 … 4/3 of it), a flip, a colour shift."""
+    """A crop of a random share of the plain view's area (its aspect within 3/4 … 4/3 of it, and so that the share fits
+    into it), a flip, a colour shift."""
     x1, y1, x2, y2 = preprocess.window(width, height)
     window = (x1, y1, x2, y2)
     if config.crop_scale != (1.0, 1.0):
         share = rng.uniform(*config.crop_scale)
-        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w = (x2 - x1) * min(1.0, float(np.sqrt(share * aspect)))
-        h = (y2 - y1) * min(1.0, float(np.sqrt(share / aspect)))
+        narrow = max(3 / 4, share)
+        aspect = np.exp(rng.uniform(np.log(narrow), -np.log(narrow)))
+        w = (x2 - x1) * float(np.sqrt(share * aspect))
+        h = (y2 - y1) * float(np.sqrt(share / aspect))
         left, top = x1 + rng.uniform(0, x2 - x1 - w), y1 + rng.uniform(0, y2 - y1 - h)
         window = (left, top, left + w, top + h)
     flip = bool(rng.random() < config.flip)
