@@ -15,6 +15,7 @@ import os
 import posixpath
 import stat
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -46,53 +47,39 @@ class Shard(Protocol):
     def members_sha256(self) -> str: ...
 
 
-class Store(Protocol):
+class Store(ABC):
     """A split's files. Cheap to pickle to a worker."""
 
-    def name(self, path: str) -> str:
-        """How users know the file: its full path or URL."""
-        ...
-
-    def exists(self, path: str) -> bool:
-        """Whether a small file is there. Raises UserError where that cannot be told."""
-        ...
-
-    def read(self, path: str, sha256: str | None = None) -> bytes:
-        """The whole of a small file. With its sha256 it may come from the cache. Raises UserError."""
-        ...
-
-    def open(self, shard: Shard) -> FileIO:
-        """The shard, of the size that the index says. Raises UserError where there is none, SampleError (with `shard`
-        set) where it is not what the index says."""
-        ...
-
-    def prefetch(self, shards: Iterable[Shard]) -> None:
-        """Says which shards will soon be read: of URLs, they are fetched meanwhile, and stay. What goes wrong then is
-        met by whoever reads."""
-        ...
-
-
-class _Store:
-    def __init__(self, cache: FileCache | None, remote: Remote | None):
+    def __init__(self, cache: FileCache | None = None, remote: Remote | None = None):
         self.cache, self.remote = cache or FileCache(), remote or Remote()
         self._ahead: _Ahead | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ahead": None}
 
+    @abstractmethod
     def name(self, path: str) -> str:
-        raise NotImplementedError
+        """How users know the file: its full path or URL."""
 
+    @abstractmethod
+    def exists(self, path: str) -> bool:
+        """Whether a small file is there. Raises UserError where that cannot be told."""
+
+    @abstractmethod
     def read(self, path: str, sha256: str | None = None) -> bytes:
-        raise NotImplementedError
+        """The whole of a small file. With its sha256 it may come from the cache. Raises UserError."""
 
     def open(self, shard: Shard) -> FileIO:
+        """The shard, of the size that the index says. Raises UserError where there is none, SampleError (with `shard`
+        set) where it is not what the index says."""
         name = self.name(shard.path)
         if not is_url(name):
             return open_local(Path(name), shard)
         return self.cache.open(shard.sha256, shard.bytes, name, lambda path: self._download(shard, path))
 
     def prefetch(self, shards: Iterable[Shard]) -> None:
+        """Says which shards will soon be read: of URLs, they are fetched meanwhile, and stay. What goes wrong then is
+        met by whoever reads."""
         missing = []
         for shard in shards:
             wanted = [(shard.path, shard.sha256), (shard.members, shard.members_sha256)]
@@ -123,7 +110,7 @@ class _Store:
         return file
 
 
-class LocalStore(_Store):
+class LocalStore(Store):
     def __init__(self, root: str | Path, cache: FileCache | None = None, remote: Remote | None = None):
         super().__init__(cache, remote)
         self.root = Path(root)
@@ -136,12 +123,14 @@ class LocalStore(_Store):
 
     def read(self, path: str, sha256: str | None = None) -> bytes:
         try:
+            if not stat.S_ISREG(os.stat(self.root / path).st_mode):  # a device may never end
+                raise UserError(f"cannot read {self.root / path}: it is no file")
             return (self.root / path).read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {self.root / path}: {error.strerror}") from error
 
 
-class RemoteStore(_Store):
+class RemoteStore(Store):
     def __init__(self, url: str, cache: FileCache | None = None, remote: Remote | None = None):
         super().__init__(cache, remote)
         self.url = url.rstrip("/")
