@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -429,7 +428,7 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_hundred_thousand_shards_are_refused_in_two_seconds() -> None:
     """Half of them here, half at a URL that is never asked; what is refused is known last, after all was worked out.
-    Where others use the machine, it may take as much longer as they make it."""
+    It waits for nothing but a processor, so its time on one is what a machine that nobody else uses takes."""
     count, size = 100_000, 100_000_000
     with tempfile.TemporaryDirectory() as folder:
         split = Path(folder) / "data/train"
@@ -448,20 +447,16 @@ def test_a_hundred_thousand_shards_are_refused_in_two_seconds() -> None:
         stages = [{"epochs": 3, "global_batch": 4096}]
         file.write_text(yaml.safe_dump({"model": MODEL, "data": settings, "stages": stages}))
         command = [sys.executable, "-m", "mmgem.cli", "check", "--config", str(file)]
-        seconds: list[float] = []
-        while len(seconds) < 3 and min(seconds, default=2) >= 2:
-            start = time.monotonic()
-            done = subprocess.run(
-                [*command, "--nodes", "4", "--gpus-per-node", "8"], capture_output=True, text=True, check=False
-            )
-            seconds.append(time.monotonic() - start)
-            assert done.returncode == 2 and done.stdout == ""
-            assert done.stderr == (
-                "mmgem: error: stage global: data.shard_cache_gb=0.7 has no room for the 800 MB of shards that a node "
-                "reads at a time, each would be fetched again and again; set it to 0.808 (1.62: the next ones come "
-                "meanwhile), or data.window to 3\n"
-            )
-        assert min(seconds) < 2 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+        before = os.times()
+        done = subprocess.run([*command, "--nodes", "4", "--gpus-per-node", "8"], capture_output=True, text=True)
+        after = os.times()
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr == (
+            "mmgem: error: stage global: data.shard_cache_gb=0.7 has no room for the 800 MB of shards that a node "
+            "reads at a time, each would be fetched again and again; set it to 0.808 (1.62: the next ones come "
+            "meanwhile), or data.window to 3\n"
+        )
+        assert after.children_user + after.children_system - before.children_user - before.children_system < 2
 
 
 def test_the_plan_needs_no_torch() -> None:
