@@ -23,6 +23,9 @@ from mmgem.memory import keep_freed_memory
 
 Arguments = argparse.Namespace
 
+LONGEST_ERROR = 2000
+"""Characters."""
+
 
 # --- train, check ------------------------------------------------------------------------------
 
@@ -337,7 +340,10 @@ def _failed(error: UserError | OSError, args: Arguments) -> int:
         text = f"{error.filename}: {error.strerror}"
     elif text.startswith("Caught UserError in DataLoader worker"):  # torch wraps the traceback of the worker into it
         text = text.rpartition("UserError: ")[2]
-    print(f"mmgem: error: {' '.join(text.split())}", file=sys.stderr)
+    text = " ".join(text.split())
+    if len(text) > LONGEST_ERROR:  # it quotes what was given, which may be a file's whole content
+        text = f"{text[: LONGEST_ERROR // 2]} … {text[-LONGEST_ERROR // 2 :]}"
+    print(f"mmgem: error: {text}", file=sys.stderr)
     # They hold the data loader: let go, its workers end at once; at the program's end torch waits 5 s for each.
     traceback.clear_frames(error.__traceback__)
     return 2

@@ -37,6 +37,7 @@ INDEX_NAME = "index.json"
 MEMBERS_FOLDER = "members"
 BROKEN_NAME = "broken.jsonl"
 SCHEMA = 2
+TOTALS = ("samples", "captions", "regions", "images_without_captions")
 # Reasons in broken.jsonl that are of a whole tar; those of samples stand in `samples`.
 TAR_CUT = "tar cut short"
 TAR_DAMAGED = "damaged tar"
@@ -92,20 +93,20 @@ def parse_index(content: bytes, name: str) -> Index:
     try:
         tree = json.loads(content)
         if (schema := tree["schema"]) != SCHEMA:
-            raise UserError(f"{name} has schema {str(schema)[:20]}, this version reads {SCHEMA}; prepare again")
+            raise UserError(f"{name} has schema {ascii(schema)[:20]}, this version reads {SCHEMA}; prepare again")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{name} is not an index: {one_line(error)[:200]}; prepare the split again") from error
     try:
         shards = [ShardEntry(**shard) for shard in tree["shards"]]
-        index = Index(shards, tree["totals"], tree.get("skipped", {}), tree.get("dropped", {}))
+        totals = {name: tree["totals"][name] for name in TOTALS}
+        index = Index(shards, totals, tree.get("skipped", {}), tree.get("dropped", {}))
         counts = [*(s.samples for s in shards), *(s.bytes for s in shards)]
-        counts += [*index.totals.values(), *index.skipped.values(), *index.dropped.values()]
+        counts += [*totals.values(), *index.skipped.values(), *index.dropped.values()]
         hashes = [*(s.sha256 for s in shards), *(s.members_sha256 for s in shards)]
         texts = [*(s.path for s in shards), *(s.members for s in shards), *hashes, *index.skipped, *index.dropped]
         good = set(map(type, counts)) <= {int} and set(map(type, texts)) <= {str}
         good = good and all(0 <= n < 1 << 62 for n in counts)
-        good = good and {"samples", "captions", "regions"} <= index.totals.keys()
-        good = good and index.totals["samples"] == sum(s.samples for s in shards)
+        good = good and totals["samples"] == sum(s.samples for s in shards)
         good = good and all(map(_SHA256.fullmatch, hashes))
         good = good and b"\0" not in "".join(texts).encode() and all(len(text) <= _LONGEST for text in texts)
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:

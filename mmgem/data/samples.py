@@ -18,8 +18,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,6 +30,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 Box = tuple[float, float, float, float]
 N = TypeVar("N", int, float)
+T = TypeVar("T")
 
 # The names under which dropped parts are counted; index files and reports print them as they are.
 EMPTY_CAPTION = "empty caption"
@@ -49,7 +52,17 @@ DUPLICATE_KEY = "duplicate key"
 # Pillow's own warning limit (a quarter of a gibibyte as RGB); above it a picture is taken for a
 # decompression bomb, whatever Pillow's global setting says.
 MAX_PIXELS = 89_478_485
+# Of a progressive JPEG, which has about ten: each is few bytes, and takes its time over all pixels.
+_MOST_SCANS = 100
+# Bytes of a picture's file; of a record's JSON, of its text.
+MOST_IMAGE = 256 << 20
+MOST_TEXT = 16 << 20
 
+# Pillow warns of odd EXIF, palettes and sizes, each in lines of its own: what cannot be read is a SampleError.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_HALF = re.compile("[\ud800-\udfff]")
+_DEEPEST = 64
 _OWN_FIELDS = ("captions", "caption", "regions", "width", "height")
 _REGION_FIELDS = ("box", "phrase", "entity")
 _EXIF_ORIENTATION = 0x0112
@@ -180,7 +193,7 @@ def parse_captions(key: str, meta: Mapping[str, Any] | str, counts: Counter[str]
         if caption is not None and not isinstance(caption, str):
             raise SampleError(key, BROKEN_META, f"a caption is {_kind(caption)} instead of text")
         if caption and caption.strip():
-            captions.append(caption.strip())
+            captions.append(_unicode(key, caption.strip()))
         elif counts is not None:
             counts[EMPTY_CAPTION] += 1
     return tuple(captions)
@@ -190,6 +203,8 @@ def merge_texts(key: str, record: bytes, text: bytes) -> dict[str, Any]:
     """The fields of KEY.json; where it has no caption, KEY.txt is the caption. Raises SampleError."""
     try:
         meta = json.loads(record) if record else {}
+        if record.count(b"[") + record.count(b"{") > _DEEPEST:
+            shallow(meta)
         caption = text.decode("utf-8")
     except (ValueError, RecursionError) as error:
         raise SampleError(key, BROKEN_META, str(error)) from error
@@ -198,6 +213,17 @@ def merge_texts(key: str, record: bytes, text: bytes) -> dict[str, Any]:
     if text and meta.get("captions") is None and meta.get("caption") is None:
         meta = {k: v for k, v in meta.items() if k != "captions"} | {"caption": caption}
     return meta
+
+
+def shallow(content: T) -> T:
+    """The content of a JSON file, unless it is nested deeper than records are: pickle, for one, cannot go as deep as
+    JSON. Raises ValueError."""
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        level = [part for item in level if isinstance(item, dict | list) for part in _parts(item)]
+        if not level:
+            return content
+    raise ValueError(f"nested deeper than {_DEEPEST} levels")
 
 
 def record_of(sample: Sample) -> dict[str, Any]:
@@ -305,7 +331,9 @@ def clip_box(values: Any, width: float, height: float) -> Box | str:
     if x2 <= x1 or y2 <= y1:
         return BOX_WITHOUT_AREA
     x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-    return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else BOX_OUTSIDE
+    if x2 <= x1 or y2 <= y1:
+        return BOX_OUTSIDE
+    return (x1, y1, x2, y2) if (x2 - x1) * (y2 - y1) > 0 else BOX_WITHOUT_AREA  # 1e-200 times itself is 0
 
 
 def _parse_regions(
@@ -322,14 +350,16 @@ def _parse_regions(
         phrase, entity = item.get("phrase"), item.get("entity")
         if phrase is not None and not isinstance(phrase, str):
             raise SampleError(key, BROKEN_META, f"a phrase is {_kind(phrase)} instead of text")
+        if entity is not None and not isinstance(entity, str | int | float):
+            raise SampleError(key, BROKEN_META, f"an entity is {_kind(entity)} instead of text or a number")
         box = clip_box(item.get("box"), width, height)
         if not phrase or not phrase.strip():
             counts[EMPTY_PHRASE] += 1
         elif isinstance(box, str):
             counts[box] += 1
         else:
-            name = None if entity is None else str(entity)
-            regions.append(Region(box, phrase.strip(), name))
+            name = None if entity is None else _unicode(key, str(entity))
+            regions.append(Region(box, _unicode(key, phrase.strip()), name))
             extras.append({k: v for k, v in item.items() if k not in _REGION_FIELDS})
     return tuple(regions), extras
 
@@ -337,9 +367,21 @@ def _parse_regions(
 def _stored_size(meta: Mapping[str, Any]) -> tuple[int, int] | None:
     """Width and height of the record where both are there and can be true."""
     width, height = meta.get("width"), meta.get("height")
-    if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
+    if type(width) is int and type(height) is int and width > 0 and height > 0 and width * height <= MAX_PIXELS:
         return width, height
     return None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written: JSON may hold halves of a pair of UTF-16, which no tokenizer and no file takes."""
+    return text.isascii() or _HALF.search(text) is None
+
+
+def _unicode(key: str, text: str) -> str:
+    """Raises SampleError."""
+    if not is_unicode(text):
+        raise SampleError(key, BROKEN_META, f"text that is no Unicode: {text[:40]!a}")
+    return text
 
 
 def _open(key: str, image: bytes) -> Image.Image:
@@ -356,6 +398,10 @@ def _open(key: str, image: bytes) -> Image.Image:
     width, height = opened.size
     if width * height > MAX_PIXELS:
         raise SampleError(key, IMAGE_TOO_LARGE, f"{width} x {height} pixels")
+    if opened.format == "EPS":  # a program, which Pillow lets Ghostscript run, without end if it has none
+        raise SampleError(key, BROKEN_IMAGE, "EPS is no picture")
+    if "progressive" in opened.info and (scans := image.count(b"\xff\xda")) > _MOST_SCANS:
+        raise SampleError(key, BROKEN_IMAGE, f"{scans} scans")
     return opened
 
 
@@ -371,6 +417,10 @@ def _orientation(image: Image.Image) -> int:
 def _turned(size: tuple[N, N], orientation: int) -> tuple[N, N]:
     """The size as stored <-> as seen."""
     return (size[1], size[0]) if orientation >= 5 else size
+
+
+def _parts(item: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return item.values() if isinstance(item, dict) else item
 
 
 def _kind(value: object) -> str:

@@ -24,12 +24,32 @@ from typing import Any
 
 import numpy as np
 
-from mmgem.data.index import BROKEN_NAME, INDEX_NAME, Index, ShardMembers, read_index, read_members
-from mmgem.data.samples import Sample, SampleError, merge_texts, parse_captions, parse_sample
+from mmgem.data.index import (
+    BROKEN_NAME,
+    INDEX_NAME,
+    OFF_MEMBER,
+    OTHER_COUNT,
+    Index,
+    ShardMembers,
+    read_index,
+    read_members,
+)
+from mmgem.data.samples import (
+    BROKEN_META,
+    IMAGE_TOO_LARGE,
+    MOST_IMAGE,
+    MOST_TEXT,
+    Sample,
+    SampleError,
+    is_unicode,
+    merge_texts,
+    parse_captions,
+    parse_sample,
+)
 from mmgem.data.store import LocalStore, Store, check_sha256, is_url, open_store
 from mmgem.errors import UserError
 
-_OPEN_SHARDS = 64  # per process; far below the usual limit of 1024 open files
+OPEN_SHARDS = 64  # per process; far below the usual limit of 1024 open files
 
 
 class ShardedDataset:
@@ -75,9 +95,15 @@ class ShardedDataset:
         return self.totals["regions"] > 0
 
     def left_out(self) -> Iterator[dict[str, str]]:
-        """What was left out of the index when it was made: {"key", "shard", "reason", "detail"}."""
+        """What was left out of the index when it was made: {"key", "shard", "reason", "detail"}. Raises UserError."""
         if self.store.exists(BROKEN_NAME):
-            yield from map(json.loads, self.store.read(BROKEN_NAME).splitlines())
+            for number, line in enumerate(self.store.read(BROKEN_NAME).splitlines(), start=1):
+                try:
+                    item = json.loads(line)
+                    yield {name: str(item[name]) for name in ("key", "shard", "reason", "detail")}
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
+                    name = self.store.name(BROKEN_NAME)
+                    raise UserError(f"{name}, line {number} is broken ({error!r}): remove the file") from error
 
     @property
     def keys(self) -> list[str]:
@@ -107,22 +133,26 @@ class ShardedDataset:
 
         A record whose text is broken gives nothing: it is counted where it is used as a sample.
         """
-        for index in range(len(self)):
-            shard, row = self.place(index)
-            try:
-                meta = self._meta(shard, row)
-                yield from parse_captions("", meta)
-            except SampleError:
-                continue
-            regions = meta.get("regions")
-            for region in regions if isinstance(regions, list) else ():
-                phrase = region.get("phrase") if isinstance(region, dict) else None
-                if isinstance(phrase, str) and phrase.strip():
-                    yield phrase.strip()
+        for shard in range(len(self.shards)):
+            with suppress(SampleError):
+                for row in range(len(self._open(shard)[1].keys)):
+                    yield from self._texts(shard, row)
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Says which shards will soon be read."""
         self.store.prefetch([self.shards[shard] for shard in shards])
+
+    def _texts(self, shard: int, row: int) -> Iterator[str]:
+        try:
+            meta = self._meta(shard, row)
+            yield from parse_captions("", meta)
+        except SampleError:
+            return
+        regions = meta.get("regions")
+        for region in regions if isinstance(regions, list) else ():
+            phrase = region.get("phrase") if isinstance(region, dict) else None
+            if isinstance(phrase, str) and phrase.strip() and is_unicode(phrase):
+                yield phrase.strip()
 
     def _meta(self, shard: int, row: int) -> dict[str, Any]:
         """The record's JSON, with the text of KEY.txt as caption where it has none."""
@@ -132,12 +162,17 @@ class ShardedDataset:
     def _read(self, shard: int, row: int, member: int) -> bytes:
         file, members = self._open(shard)
         offset, size = (int(value) for value in members.spans_N32[row, member])
-        if offset < 0:
+        if offset == -1:
             return b""
+        key, length = members.keys[row], self.shards[shard].bytes
+        if not (0 <= offset <= length and 0 <= size <= length - offset):
+            raise SampleError(key, OFF_MEMBER, f"{size} bytes at {offset} of a tar of {length}")
+        if size > (MOST_TEXT if member else MOST_IMAGE):
+            raise SampleError(key, BROKEN_META if member else IMAGE_TOO_LARGE, f"{size} bytes")
         # pread keeps no position: a handle shared with a forked worker cannot be moved by it.
         data = os.pread(file.fileno(), size, offset)
         if len(data) != size:
-            raise SampleError(members.keys[row], "shard cut short", self.store.name(self.shards[shard].path))
+            raise SampleError(key, "shard cut short", self.store.name(self.shards[shard].path))
         return data
 
     def _open(self, shard: int) -> tuple[FileIO, ShardMembers]:
@@ -150,6 +185,9 @@ class ShardedDataset:
         entry = self.shards[shard]
         try:
             members = read_members(self.store, entry)
+            if len(members.keys) != entry.samples:
+                counts = f"{len(members.keys)} in {entry.members}, {entry.samples} in the index"
+                raise SampleError("", OTHER_COUNT, counts, shard=self.store.name(entry.path))
             file = self.store.open(entry)
             if self._found_good is not None and not is_url(name := self.store.name(entry.path)):
                 if not self._found_good[shard]:
@@ -162,7 +200,7 @@ class ShardedDataset:
         for number in [n for n, (opened, _) in self._opened.items() if not os.fstat(opened.fileno()).st_nlink]:
             del self._opened[number]
         self._opened[shard] = (file, members)
-        if len(self._opened) > _OPEN_SHARDS:
+        if len(self._opened) > OPEN_SHARDS:
             self._opened.popitem(last=False)  # closed with its last reader
         return self._opened[shard]
 
@@ -225,17 +263,20 @@ def _refuse_missing_shards(split_dir: Path, index: Index) -> None:
     """By listing folders: to look at each of 100,000 files takes long."""
     listed: dict[str, set[str]] = {}
     for shard in index.shards:
-        folder, name = os.path.split(os.path.join(split_dir, shard.path))
         if is_url(shard.path):
             continue
-        if folder not in listed:
+        cut = shard.path.rfind("/") + 1
+        below, name = shard.path[:cut], shard.path[cut:]
+        if below not in listed:
+            folder = split_dir / below
             try:
-                listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+                listed[below] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
             except PermissionError as error:
                 raise UserError(f"cannot look for shards in {folder}: {error.strerror}") from error
-        if name not in listed[folder]:
+        if name not in listed[below]:
             raise UserError(
-                f"shard {folder}/{name} is missing, {split_dir / INDEX_NAME} names it; copy or prepare it again"
+                f"shard {split_dir / shard.path} is missing, "
+                f"{split_dir / INDEX_NAME} names it; copy or prepare it again"
             )
 
 

@@ -45,24 +45,25 @@ from mmgem.data.samples import (
     BROKEN_META,
     DUPLICATE_KEY,
     IMAGE_TOO_LARGE,
+    MOST_IMAGE,
+    MOST_TEXT,
     NO_IMAGE,
     Sample,
     SampleError,
     Tally,
     decode_image,
     image_size,
+    is_unicode,
     merge_texts,
     parse_sample,
 )
 from mmgem.data.store import is_url
 from mmgem.data.tar_members import compression, read_tar_members
-from mmgem.data.writer import Totals, shard_entry
+from mmgem.data.writer import Totals, locked, shard_entry
 from mmgem.errors import UserError
 from mmgem.progress import Progress
 
-_MOST_IMAGE = 256 << 20  # bytes of a picture's file; of a record's texts
-_MOST_TEXT = 16 << 20
-_FEW = 4  # tars for which it does not pay to start processes
+_FEW = 4  # of fewer tars it does not pay to start processes, unasked
 
 Broken = tuple[str, str, str]
 """Key, reason and detail."""
@@ -84,10 +85,20 @@ def find_tars(source: str, remote: Remote | None = None) -> list[str]:
     else:
         raise UserError(f"no such folder: {source}; it should have the tars of img2dataset")
     if not found:
-        packed = "" if is_url(source) else ", ".join(sorted(path.name for path in Path(source).glob("*.t*gz"))[:3])
-        hint = f"{packed} must be unpacked first (gunzip)" if packed else "name the folder that img2dataset wrote to"
+        hint = "name the folder that has them" if is_url(source) else _what_else(Path(source))
         raise UserError(f"no .tar in {source}: {hint}")
     return found
+
+
+def _what_else(folder: Path) -> str:
+    """What to do with a folder without tars."""
+    if packed := sorted(path.name for path in folder.glob("*.t*gz")):
+        return f"{', '.join(packed[:3])} must be unpacked first (gunzip)"
+    if below := next(folder.glob("*/*.tar"), None):
+        return f"there are some in {below.parent}, name that folder"
+    if next(folder.glob("*.parquet"), None):
+        return "of parquet files with pictures, `mmgem data prepare img2dataset` makes a dataset"
+    return "name the folder that img2dataset wrote to"
 
 
 def index_tars(
@@ -111,12 +122,15 @@ def index_tars(
     split_dir, tally, names = Path(split_dir), tally or Tally(), [str(tar) for tar in tars]
     if not names:
         raise UserError(f"no tars to index for {split_dir}: name at least one")
+    if processes is not None and processes < 1:
+        raise UserError(f"processes is {processes}; give 1 or more")
     _prepare_folder(split_dir, overwrite)
     jobs = [_Job(n, name, _stored_path(name, split_dir), split_dir, decode, remote) for n, name in enumerate(names)]
     totals, read, entries, hashes = Totals(), 0, list[ShardEntry | None](), list[np.ndarray]()
     partial = split_dir / f".{BROKEN_NAME}.partial"
-    results = map_in_order(_index_tar, jobs, min(processes or cpus(), len(jobs) // _FEW))
+    results = map_in_order(_index_tar, jobs, min(processes or (cpus() if len(jobs) >= _FEW else 1), len(jobs)))
     with (
+        locked(split_dir),
         closing(results),
         _writing(split_dir),
         partial.open("wb") as named,
@@ -150,11 +164,16 @@ def index_tars(
         raise UserError(f"no sample that can be used in the tars: {split_dir / BROKEN_NAME} says why")
     index = Index(shards, dict(vars(totals)), dict(tally.skipped), dict(tally.dropped))
     write_index(split_dir, index)
-    kept = {shard.members for shard in shards}
+    _clean(split_dir, index)
+    return index
+
+
+def _clean(split_dir: Path, index: Index) -> None:
+    """Takes away what only unfinished work needs, and members files of tars without samples."""
+    kept = {shard.members for shard in index.shards}
     for path in (split_dir / MEMBERS_FOLDER).iterdir():
         if f"{MEMBERS_FOLDER}/{path.name}" not in kept:
             path.unlink()
-    return index
 
 
 @dataclass(frozen=True)
@@ -268,7 +287,7 @@ def _sample(handle: int, key: str, files: dict[str, list[int]], dropped: Counter
         raise SampleError(key, NO_IMAGE, f"only {', '.join(files)}")
     contents = {}
     for extension, (offset, size) in needed.items():
-        most, reason = (_MOST_TEXT, BROKEN_META) if extension in ("json", "txt") else (_MOST_IMAGE, IMAGE_TOO_LARGE)
+        most, reason = (MOST_TEXT, BROKEN_META) if extension in ("json", "txt") else (MOST_IMAGE, IMAGE_TOO_LARGE)
         if size > most:
             raise SampleError(key, reason, f"{extension}: {size} bytes")
         contents[extension] = os.pread(handle, size, offset)
@@ -361,7 +380,10 @@ def _writing(split_dir: Path) -> Iterator[None]:
 
 
 def _stored_path(tar: str, split_dir: Path) -> str:
-    """Relative where the tar lies in the data set of the split, so that both can move; a link stays a link."""
+    """Relative where the tar lies in the data set of the split, so that both can move; a link stays a link. Raises
+    UserError."""
+    if not is_unicode(tar):
+        raise UserError(f"{tar!a}: an index cannot name what is no UTF-8: rename the tar")
     if is_url(tar):
         return tar
     folder, name = Path(tar).parent.resolve(), Path(tar).name

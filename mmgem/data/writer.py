@@ -7,13 +7,14 @@ before, and a picture of another format.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import tarfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -193,6 +194,24 @@ def check_split_dir(split_dir: Path, *, overwrite: bool) -> None:
         raise UserError(f"{split_dir} is a file, a folder is needed: choose another --out")
     if not overwrite and split_dir.is_dir() and next(split_dir.iterdir(), None) is not None:
         raise UserError(f"{split_dir} is not empty: choose another --out, or give --overwrite")
+
+
+@contextmanager
+def locked(split_dir: Path) -> Iterator[None]:
+    """Makes the folder, if need be, and holds it. Raises UserError where another process does. The system lets go of it
+    when this one ends."""
+    split_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(split_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is at work in {split_dir}: wait for it or stop it") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def image_extension(image: bytes) -> str | None:

@@ -194,7 +194,9 @@ def _about(
 def describe_broken(file: Path) -> str:
     """What a run met of broken data, by what became of it: how many, and the first few by name."""
     found: dict[str, list[str]] = {}
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for text in file.read_text(encoding="utf-8").split("\n") if file.is_file() else []:
+        if not text:
+            continue
         line = json.loads(text)
         fate = "parts of samples left out" if line.get("dropped") else "samples and shards replaced"
         name = line["key"] or Path(line["shard"]).name

@@ -231,7 +231,7 @@ class CaptionSamples(L.Callback):
         if not pl_module.stage.loss.gen:
             return
         written = pl_module.model.caption([p for _, p, _ in self.pictures], max_new_tokens=30)
-        with self.folder.samples.open("a") as file:
+        with self.folder.samples.open("a", encoding="utf-8") as file:
             for (key, _, reference), caption in zip(self.pictures, written, strict=True):
                 line = {"step": self.steps_before + step, "key": key, "caption": caption, "reference": reference}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -125,7 +125,7 @@ class RunFolder:
     @staticmethod
     def lines(file: Path) -> list[dict[str, Any]]:
         """The JSON lines of one of the run's files; none where there is no such file."""
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return [json.loads(line) for line in _split(file)] if file.is_file() else []
 
     def note_left_out(self, left_out: Iterable[dict[str, str]]) -> None:
         """Begins broken.jsonl with what the data's own index left out, as step 0."""
@@ -137,7 +137,7 @@ class RunFolder:
         """What the run will do again from here: lines and checkpoints of later steps, and files left half written."""
         for file in (self.log, self.samples, self.keys, self.broken):
             if file.is_file():
-                lines = [line for line in file.read_text().splitlines() if _step_of(line) <= run_step]
+                lines = [line for line in _split(file) if _step_of(line) <= run_step]
                 write_atomically(file, "".join(f"{line}\n" for line in lines))
         later = [c for c in self.checkpoints.glob("step-*.ckpt") if c.name > _checkpoint_name(run_step)]
         for file in [*later, *self.checkpoints.glob("*.unfinished")]:
@@ -175,13 +175,18 @@ def versions() -> dict[str, str]:
 
 def write_atomically(file: Path, text: str) -> None:
     unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, file)
 
 
 def append_line(file: Path, line: dict[str, Any]) -> None:
-    with file.open("a") as lines:
+    with file.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _split(file: Path) -> list[str]:
+    """The lines; `str.splitlines` would also cut at U+2028 and the like, which captions and keys may have."""
+    return [line for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _checkpoint_name(run_step: int) -> str:

@@ -232,7 +232,7 @@ def test_check_names_what_is_wrong(tmp_path: Path) -> None:
     assert data("prepare", "folder", raw, "--out", tmp_path / "set").code == 0
     done = data("check", tmp_path / "set", "--out", tmp_path / "page", "--processes", "1")
     assert done.code == 1
-    assert "FAILS  leak: 1 pictures of train are 1 pictures of val: train_a = val_d" in done.out.splitlines()
+    assert "FAILS  leak: train and val share pictures (1 of train, 1 of val): train_a = val_d" in done.out.splitlines()
     page = (tmp_path / "page/check.html").read_text()
     assert "train_a" in page and "val_d" in page
     assert data("check", tmp_path / "set", "--splits", "val", "--no-decode").code == 0

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import tarfile
 import threading
+import tracemalloc
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -366,11 +367,11 @@ def hostile(tmp_path: Path) -> Path:
     train = tmp_path / "data" / "train <script>"
     train.mkdir(parents=True)
     records = [
-        record(f"{n}{HOSTILE.replace('/', '')}", jpeg(photo(n)), captions=[HOSTILE, "\ud800 x"], regions=[region])
+        record(f"{n}{HOSTILE.replace('/', '')}", jpeg(photo(n)), captions=[HOSTILE, "x"], regions=[region])
         for n in range(4)
     ]
-    records.append(record("<b>zero", b""))
-    write_index(train, Index([write_shard(train, 0, records)], vars(Totals(5))))
+    records += [record("<b>zero", b""), record("half", jpeg(photo(9)), captions=["\ud800 x"])]
+    write_index(train, Index([write_shard(train, 0, records)], vars(Totals(6))))
     write_split(tmp_path / "data/val", [record(f"v{n}", jpeg(photo(n))) for n in range(3, 6)])
     check_data(tmp_path / "data", out=tmp_path / "out", processes=1)
     return tmp_path / "out/check.html"
@@ -456,6 +457,29 @@ def test_a_dataset_behind_a_url_is_checked_like_one_here(tmp_path: Path, monkeyp
         for row in one["splits"]["val"]["findings"]:
             row.pop("named")
     assert remote["splits"] == local["splits"] and remote["leaks"] == local["leaks"] != []
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K", b"0"])
+@pytest.mark.parametrize("size", [b"40000000000", b"\x80" + (1 << 62).to_bytes(11, "big"), b"\xff" * 12])
+def test_a_head_that_claims_what_is_not_there_costs_no_memory(tmp_path: Path, kind: bytes, size: bytes):
+    def claim(members: dict[str, dict[str, list[int]]], content: bytearray) -> None:
+        at = members["b"]["jpg"][0] - 512
+        content[at + 124 : at + 136], content[at + 156 : at + 157] = size.ljust(12, b"\0"), kind
+        content[at + 148 : at + 156] = b" " * 8
+        content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+
+    train = tmp_path / "data" / "train"
+    train.mkdir(parents=True)
+    records = [record(key, jpeg(photo(n))) for n, key in enumerate("abc")]
+    write_index(
+        train, Index([write_shard(train, 0, records, claim)], {**vars(Totals(3, 3)), "images_without_captions": 0})
+    )
+    tracemalloc.start()
+    code, found = check(tmp_path / "data", tmp_path / "out")
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert code == 1 and named(found["splits"]["train"])[reasons.BROKEN_TAR] == ["shard-000000.tar"]
+    assert found["splits"]["train"]["counts"]["samples"] == 3  # they are where the index says
 
 
 def test_what_is_no_dataset_is_refused(tmp_path: Path):

@@ -19,7 +19,7 @@ from mmgem.config import Config, LlmConfig, ModelConfig, StageConfig, VisionConf
 from mmgem.data.batch import Broken
 from mmgem.errors import UserError
 from mmgem.training.callbacks import BrokenSamples
-from mmgem.training.checkpoint import RunFolder, RunState, read_state, state_tree
+from mmgem.training.checkpoint import RunFolder, RunState, append_line, read_state, state_tree
 from mmgem.training.module import StageModule
 from mmgem.training.ranks import Ranks
 from mmgem.training.signals import SIGNALS, Stopped, stop_if_asked, stopping_at_once
@@ -204,6 +204,17 @@ def test_forgetting_what_will_be_done_again(tmp_path: Path) -> None:
     assert names(folder) == ["notes.txt", "step-00000002.ckpt"]
     folder.forget_after(0)
     assert folder.log.read_text() == "" and names(folder) == ["notes.txt"]
+
+
+def test_lines_are_cut_at_their_ends_only(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config(), "never", "sum")
+    lines = [{"step": step, "key": "one\u2028key\u0085with\x0bodd\x1cseparators"} for step in (1, 2)]
+    for line in lines:
+        append_line(folder.broken, line)
+    assert folder.lines(folder.broken) == lines
+    folder.forget_after(1)
+    assert folder.lines(folder.broken) == lines[:1]
 
 
 def test_what_a_going_on_may_change(tmp_path: Path) -> None:

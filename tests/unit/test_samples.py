@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from mmgem.data.samples import (
     MAX_PIXELS,
     Region,
+    Sample,
     SampleError,
     clip_box,
     decode_image,
     image_size,
+    merge_texts,
     parse_captions,
     parse_sample,
     record_of,
@@ -279,6 +285,96 @@ def test_decompression_bombs_are_refused(side: int, limit: int | None, monkeypat
     with pytest.raises(SampleError) as caught:
         decode_image(parse_sample("b", bomb(side, side), {"caption": "x", "width": 1, "height": 1}))
     assert caught.value.reason == "image too large"
+
+
+HALF = "\ud800"  # of a pair of UTF-16, which JSON may hold and UTF-8 not
+BOX = [0, 0, 9, 9]
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"captions": ["good", f"a {HALF}"]},
+        {"caption": f"\udc80{HALF}"},
+        {"caption": "x", "regions": [{"box": BOX, "phrase": HALF}]},
+        {"caption": "x", "regions": [{"box": BOX, "phrase": "y", "entity": HALF}]},
+        {"caption": "x", "regions": [{"box": BOX, "phrase": "y", "entity": [1]}]},
+    ],
+)
+def test_text_that_no_file_and_no_tokenizer_takes_is_refused(meta: dict):
+    with pytest.raises(SampleError, match="k: broken metadata") as caught:
+        parse_sample("k", PICTURE, json.loads(json.dumps(meta)))
+    assert str(caught.value).encode()
+    whole = json.dumps({"caption": "\U0001f600 grün", "n": HALF})  # a whole pair is text, and other fields are not used
+    assert parse_sample("k", PICTURE, json.loads(whole)).captions == ("\U0001f600 grün",)
+
+
+@pytest.mark.parametrize("size", [10**400, 10**12, True, 1.5, "40"])
+def test_a_size_that_no_picture_has_is_read_from_the_picture(size: object):
+    regions = [{"box": [0, 0, 50, 9], "phrase": "x"}]
+    sample = parse_sample("a", PICTURE, {"regions": regions, "width": size, "height": size})
+    assert (sample.width, sample.height) == (40, 20) and sample.regions[0].box == (0.0, 0.0, 40.0, 9.0)
+
+
+@pytest.mark.parametrize("side", [5e-324, 1e-200, 1e-170])
+def test_a_box_whose_area_no_float_holds_is_dropped(side: float):
+    assert clip_box([0, 0, side, side], 40, 20) == "box without area"
+    assert clip_box([0, 0, 1e-150, 1e-150], 40, 20) == (0.0, 0.0, 1e-150, 1e-150)
+
+
+@pytest.mark.parametrize("depth", [66, 500, 960, 100_000])
+@pytest.mark.parametrize("pair", [(b"[", b"]"), (b'{"a":', b"}")])
+def test_a_record_that_is_nested_without_end_is_refused(depth: int, pair: tuple[bytes, bytes]):
+    nested = pair[0] * depth + b"0" + pair[1] * depth
+    with pytest.raises(SampleError, match="k: broken metadata .(nested deeper|maximum recursion)"):
+        merge_texts("k", b'{"caption": "x", "n": ' + nested + b"}", b"")
+    flat = b'{"caption": "x", "n": [' + b"[0]," * 1000 + b"[0]]}"
+    assert pickle.loads(pickle.dumps(merge_texts("k", flat, b"")))["n"][1000] == [0]
+
+
+def test_a_program_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Pillow gives EPS to Ghostscript, which may run for ever."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # where it was looked for before
+    data = encode(quarters(), "EPS")
+    with pytest.raises(OSError):
+        Image.open(io.BytesIO(data)).load()
+    assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    for read in (lambda: image_size("k", data), lambda: decode_image(Sample("k", data, ("x",), (), 40, 20, {}))):
+        with pytest.raises(SampleError, match="k: broken image .EPS"):
+            read()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_jpeg_of_scans_without_end_is_refused():
+    """Of 81 million pixels, each scan of 119 bytes takes 50 ms."""
+    data = encode(Image.new("L", (800, 800), 128), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    assert decode_image(parse_sample("k", data[:-2] + scan * 20 + data[-2:], "x")).size == (800, 800)
+    with pytest.raises(SampleError, match="k: broken image .1006 scans"):
+        decode_image(parse_sample("k", data[:-2] + scan * 1000 + data[-2:], "x"))
+
+
+def test_pillow_does_not_warn_of_each_picture(tmp_path: Path):
+    (tmp_path / "bomb").write_bytes(bomb(9_600, 9_600))
+    (tmp_path / "exif").write_bytes(encode(quarters(), "JPEG", exif=b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xff"))
+    (tmp_path / "clear").write_bytes(encode(quarters().convert("P"), "PNG", transparency=b"\0\1"))
+    program = """
+import sys
+from pathlib import Path
+from mmgem.data.samples import Sample, SampleError, decode_image
+for name in sys.argv[1:]:
+    try:
+        print(decode_image(Sample(name, Path(name).read_bytes(), ("x",), (), 1, 1, {})).size)
+    except SampleError as error:
+        print(error.reason)
+"""
+    names = [str(tmp_path / name) for name in ("bomb", "exif", "clear")]
+    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, check=True)
+    assert (done.stdout.splitlines(), done.stderr) == (["image too large", "(40, 20)", "(40, 20)"], "")
 
 
 def test_sample_errors_survive_a_worker_process():

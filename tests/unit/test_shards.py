@@ -344,7 +344,7 @@ def test_a_changed_members_file_is_the_shards_fault(tmp_path: Path):
 
 
 ENTRY = {"path": "a.tar", "samples": 0, "bytes": 1, "sha256": "0" * 64, "members": "a", "members_sha256": "0" * 64}
-TOTALS = {"samples": 0, "captions": 0, "regions": 0}
+TOTALS = {"samples": 0, "captions": 0, "regions": 0, "images_without_captions": 0}
 
 
 @pytest.mark.parametrize(
@@ -353,11 +353,21 @@ TOTALS = {"samples": 0, "captions": 0, "regions": 0}
         ("{", "not an index"),
         ([], "not an index"),
         ({"schema": 1, "shards": [], "totals": {}}, "schema 1"),
+        ({"schema": "\ud800", "shards": [], "totals": {}}, r"schema '.ud800'"),
         ({"schema": 2, "shards": []}, "totals"),
+        ({"schema": 2, "shards": [ENTRY], "totals": {"samples": 0, "captions": 0}}, "not an index: KeyError..regions"),
         ({"schema": 2, "shards": [{"path": "a"}], "totals": TOTALS}, "not an index"),
         ({"schema": 2, "shards": [{**ENTRY, "samples": 1}], "totals": TOTALS}, "counts or paths"),
         ({"schema": 2, "shards": [{**ENTRY, "bytes": -1}], "totals": TOTALS}, "counts or paths"),
         ({"schema": 2, "shards": [{**ENTRY, "sha256": "../../etc"}], "totals": TOTALS}, "counts or paths"),
+        ({"schema": 2, "shards": [{**ENTRY, "members": "a\0b"}], "totals": TOTALS}, "counts or paths"),
+        ({"schema": 2, "shards": [{**ENTRY, "members": "\ud800"}], "totals": TOTALS}, "not an index"),
+        ({"schema": 2, "shards": [{**ENTRY, "path": "a" * 5000}], "totals": TOTALS}, "counts or paths"),
+        ({"schema": 2, "shards": [{**ENTRY, "a" * 5000: 1}], "totals": TOTALS}, "^.{,400}$"),
+        ({"schema": 2, "shards": [ENTRY], "totals": TOTALS, "skipped": [1]}, "not an index"),
+        ({"schema": 2, "shards": [ENTRY], "totals": TOTALS, "dropped": {"a": "b"}}, "counts or paths"),
+        ('{"schema": ' + "[" * 980 + "]" * 980 + "}", "not an index|schema"),
+        ("[" * 100_000, "not an index"),
     ],
 )
 def test_a_broken_index_is_named(tmp_path: Path, tree: Any, message: str):
@@ -367,6 +377,114 @@ def test_a_broken_index_is_named(tmp_path: Path, tree: Any, message: str):
     assert str(tmp_path / "index.json") in str(caught.value)
     good = {"schema": 2, "shards": [ENTRY], "totals": TOTALS}
     assert parse_index(json.dumps(good).encode(), "x").shards[0].path == "a.tar"
+
+
+def rewrite_members(split: Path, content: bytes | dict[str, Any], **changes: Any) -> ShardedDataset:
+    """The split with another members file of its second shard (key003, key004, key005), and an index that says so."""
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (split / "members" / "000001.json").write_bytes(content)
+    index = json.loads((split / "index.json").read_text())
+    index["shards"][1] |= {"members_sha256": hashlib.sha256(content).hexdigest(), **changes}
+    index["totals"]["samples"] = sum(shard["samples"] for shard in index["shards"])
+    (split / "index.json").write_text(json.dumps(index))
+    return ShardedDataset(split)
+
+
+NESTED = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[1, 2, 3]",
+        b"\xff",
+        NESTED,
+        b'{"a": ' + NESTED + b"}",
+        b'{"a": [], "b": {}, "c": {}}',
+        *(b'{"a": {"jpg": %s}, "b": {}, "c": {}}' % span for span in (b"0", b"[0]", b"[0, 1, 2]", b'"ab"', b"{}")),
+        *(
+            b'{"a": {"jpg": [512, %s]}, "b": {}, "c": {}}' % size
+            for size in (b"1.5", b'"1"', b"null", b"NaN", b"9" * 30)
+        ),
+        b'{"\\ud800": {}, "b": {}, "c": {}}',
+    ],
+)
+def test_a_members_file_of_another_shape_is_the_shards_fault(tmp_path: Path, content: bytes):
+    write(tmp_path)
+    dataset = rewrite_members(tmp_path, content)
+    for index in (3, 4, 5):
+        with pytest.raises(SampleError, match=r"000001\.tar: shard's members file is broken .*000001\.json") as caught:
+            dataset.sample(index)
+        assert caught.value.shard == str(tmp_path / "shard-000001.tar")
+    assert dataset.sample(2).key == "key002" and dataset.sample(6).key == "key006"
+    assert len(list(dataset.iter_texts())) == 12
+
+
+@pytest.mark.parametrize("samples", [0, 2, 4, 10**15])
+def test_an_index_that_counts_other_samples_than_the_members_file(tmp_path: Path, samples: int):
+    write(tmp_path)
+    members = json.loads((tmp_path / "members" / "000001.json").read_text())
+    dataset = rewrite_members(tmp_path, members, samples=samples)
+    assert len(dataset) == 4 + samples
+    for index in {min(3, 3 + samples - 1), 3 + samples - 1} - {2}:
+        with pytest.raises(SampleError, match=f"another number of samples .3 in members/000001.json, {samples} in the"):
+            dataset.sample(index)
+    assert dataset.sample(len(dataset) - 1).key == "key006"
+    assert len(list(dataset.iter_texts())) == 12  # does not go over all that there are said to be
+
+
+def test_a_key_that_comes_twice_in_a_members_file_is_found(tmp_path: Path):
+    write(tmp_path)
+    content = (tmp_path / "members" / "000001.json").read_bytes().replace(b"key004", b"key003")
+    with pytest.raises(SampleError, match="another number of samples .2 in"):
+        rewrite_members(tmp_path, content).sample(3)
+
+
+def test_what_does_not_lie_in_the_tar_is_not_read(tmp_path: Path):
+    write(tmp_path)
+    members = json.loads((tmp_path / "members" / "000001.json").read_text())
+    length = (tmp_path / "shard-000001.tar").stat().st_size
+    spans = [[length, 1], [0, length + 1], [0, -1], [-2, 5], [0, 1 << 62], [(1 << 63) - 1, (1 << 63) - 1]]
+    for span in spans:
+        dataset = rewrite_members(tmp_path, members | {"key004": {**members["key004"], "json": span}})
+        with pytest.raises(SampleError, match="key004: file is not where the index says"):
+            dataset.sample(4)
+        assert dataset.sample(3).key == "key003" and len(list(dataset.iter_texts())) == 18
+
+
+def test_a_picture_or_record_that_is_too_large_is_not_read(tmp_path: Path):
+    write(tmp_path)
+    members = json.loads((tmp_path / "members" / "000001.json").read_text())
+    length = 1 << 34  # of a hole, which needs no disk
+    os.truncate(tmp_path / "shard-000001.tar", length)
+    members["key003"]["jpg"], members["key004"]["json"] = [512, length - 512], [512, (16 << 20) + 1]
+    dataset = rewrite_members(tmp_path, members, bytes=length)
+    with pytest.raises(SampleError, match="key003: image too large"):
+        dataset.sample(3)
+    with pytest.raises(SampleError, match="key004: broken metadata .16777217 bytes"):
+        dataset.sample(4)
+    assert dataset.captions(3) and dataset.sample(5).key == "key005"
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b"\xff", b'{"key": "a"}', b"[" * 100_000, b"1"])
+def test_a_broken_list_of_what_was_left_out_is_named(tmp_path: Path, line: bytes):
+    write(tmp_path)
+    good = {"key": "a", "shard": "b.tar", "reason": "c", "detail": ""}
+    (tmp_path / "broken.jsonl").write_bytes(json.dumps(good).encode() + b"\n" + line + b"\n")
+    left_out = ShardedDataset(tmp_path).left_out()
+    assert next(left_out) == good
+    with pytest.raises(UserError, match=r"broken\.jsonl, line 2 is broken"):
+        next(left_out)
+
+
+def test_a_members_file_that_never_ends_is_refused(tmp_path: Path):
+    write(tmp_path)
+    members = json.loads((tmp_path / "members" / "000001.json").read_text())
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", "pipe", "members"):
+        with pytest.raises(UserError, match=rf"cannot read .*{path}: it is no file"):
+            rewrite_members(tmp_path, members, members=path).sample(3)
 
 
 def test_broken_json_in_a_shard_is_a_sample_error_and_no_text(tmp_path: Path):

@@ -31,6 +31,7 @@ from mmgem.data.shards import ShardedDataset
 from mmgem.data.store import open_store
 from mmgem.data.tar_members import read_tar_members
 from mmgem.data.tars import find_tars, index_tars
+from mmgem.data.writer import locked
 from mmgem.errors import UserError
 
 QUICK = Remote(retries=1, timeout=0.4, backoff=0.01)
@@ -103,7 +104,7 @@ def test_a_laion_folder_is_indexed_in_place_and_read_at_once(tmp_path: Path, cap
     assert [shard.path for shard in dataset.shards] == ["00000.tar", "00001.tar"]
     assert result["splits"] == {tmp_path.name: {"read": 5, "written": 5, "captions": 6, "regions": 0,
                                                 "images_without_captions": 0}}  # fmt: skip
-    assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["5", "5", "6", "0"]
+    assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["5", "5", "0", "6", "0"]
 
 
 def test_what_cannot_be_used_is_left_out_counted_and_named(tmp_path: Path):
@@ -370,6 +371,13 @@ def test_paths_are_relative_inside_the_dataset_and_absolute_outside(tmp_path: Pa
     assert ShardedDataset(tmp_path / "moved" / "train").keys == ["in", "out", "linked"]
 
 
+def test_a_tar_whose_name_is_no_utf8_is_refused(tmp_path: Path):
+    write_tar(tmp_path / os.fsdecode(b"\xff.tar"), pairs("1"))
+    with pytest.raises(UserError, match=r"udcff\.tar.: an index cannot name .*rename"):
+        index_tars(tmp_path / "out", find_tars(str(tmp_path)))
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
 def test_prepare_img2dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     raw, out = tmp_path / "raw", tmp_path / "out"
     with pytest.raises(UserError, match="no such folder"):
@@ -378,6 +386,10 @@ def test_prepare_img2dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (raw / "0.tar.gz").touch()
     with pytest.raises(UserError, match=r"no \.tar in .*0\.tar\.gz must be unpacked"):
         prepare_img2dataset(raw, out)
+    with pytest.raises(UserError, match=r"no \.tar in .*: there are some in .*/raw, name that folder"):
+        write_tar(raw / "1.tar", pairs("1"))
+        index_folder(tmp_path)
+    (raw / "1.tar").unlink()
     write_tar(raw / "0.tar", [*pairs("1"), ("2.jpg", b""), ("2.txt", b"x")])
     with pytest.raises(UserError, match="1 of 2 samples are broken.*empty image"):
         prepare_img2dataset(raw, out, split="pairs")
@@ -396,3 +408,14 @@ def test_prepare_img2dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         prepare_img2dataset(raw, out, split="none", max_broken=1.0)
     with pytest.raises(UserError, match="no tars"):
         index_tars(out / "train", [])
+    with pytest.raises(UserError, match="processes is 0; give 1 or more"):
+        index_tars(out / "train", [raw / "1.tar"], processes=0)
+    with pytest.raises(UserError, match="stay as they lie, nothing is written for --resize"):
+        prepare_img2dataset(raw, out, resize=224)
+
+
+def test_two_do_not_index_into_one_folder(tmp_path: Path):
+    tars_of_pairs(tmp_path, tars=1)
+    with locked(tmp_path), pytest.raises(UserError, match="another process is at work in"):
+        index_folder(tmp_path)
+    assert index_folder(tmp_path)["splits"][tmp_path.name]["written"] == 3

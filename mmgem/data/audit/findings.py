@@ -9,18 +9,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmgem.data.index import OFF_MEMBER as OFF_MEMBER
+from mmgem.data.index import OTHER_COUNT as OTHER_COUNT
 from mmgem.data.samples import BOX_NO_NUMBERS, BOX_OUTSIDE, BOX_WITHOUT_AREA, EMPTY_CAPTION, EMPTY_PHRASE
 
 MOST_NAMES = 10_000
 """Of one reason in one split; the count goes on."""
 
-# Of a shard or an index. A store's own reasons for a damaged shard join them.
+# Of a shard or an index. The reader's own reasons for a damaged shard join them.
 UNREADABLE = "shard cannot be read"
 BROKEN_TAR = "tar is broken"
-OTHER_COUNT = "shard has another number of samples"
 OTHER_TOTALS = "totals are not those of the index"
-# Of a sample.
-OFF_MEMBER = "file is not where the index says"
 # Of a sample that training takes.
 BOX_OVER_BORDER = "box more than a pixel over the border"
 OTHER_SIZE = "recorded size is not the picture's (no boxes)"

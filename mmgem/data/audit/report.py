@@ -98,7 +98,7 @@ def screen(found: dict[str, Any]) -> str:
     for leak in found["leaks"]:
         (a, b), (of_a, of_b) = leak["splits"], leak["pictures"]
         first = _pairs(leak["pairs"])
-        lines.append(f"FAILS  leak: {of_a:,} pictures of {a} are {of_b:,} pictures of {b}: {first}")
+        lines.append(f"FAILS  leak: {a} and {b} share pictures ({of_a:,} of {a}, {of_b:,} of {b}): {first}")
     for name, split in splits.items():
         again = split["duplicates"]
         if again["pairs"]:

@@ -8,9 +8,7 @@ sample that is broken, is a finding.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import tarfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -36,6 +34,8 @@ from mmgem.data.index import ShardEntry, ShardMembers, read_members
 from mmgem.data.samples import (
     EMPTY_CAPTION,
     EMPTY_PHRASE,
+    IMAGE_TOO_LARGE,
+    MOST_IMAGE,
     NO_IMAGE,
     SIZE_MISMATCH,
     Sample,
@@ -47,7 +47,7 @@ from mmgem.data.samples import (
     parse_sample,
 )
 from mmgem.data.store import Store, check_sha256
-from mmgem.data.writer import BLOCK, padded
+from mmgem.data.tar_members import TarFault, tar_files
 from mmgem.errors import UserError
 
 T = TypeVar("T")
@@ -234,30 +234,24 @@ class _Tar:
         self._descriptor = file.fileno()
         self._size = os.fstat(self._descriptor).st_size
         self._files: dict[int, tuple[int, str]] = {}
-        self._end, self.fault = 0, ""
-        file.seek(0)
+        self._end, self.fault = self._size, ""
         try:
-            # Unbuffered, tarfile would read each block of 512 bytes by itself; dup, as the buffer closes what it has.
-            with tarfile.open(fileobj=io.BufferedReader(FileIO(os.dup(self._descriptor))), mode="r:") as tar:
-                for info in tar:
-                    self._end = info.offset_data + padded(info.size if info.isreg() else 0)
-                    if info.isreg():
-                        self._files[info.offset_data] = (info.size, info.name.removeprefix("./"))
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            self.fault = f"at byte {self._end}: {error}"
-        # tarfile takes a damaged header for the end of the archive: look for the real end mark.
-        if not self.fault and (os.pread(self._descriptor, BLOCK, self._end) or b"?").strip(b"\0"):
-            self.fault = f"at byte {self._end}: no header of a file and no end of a tar"
+            for path, offset, size in tar_files(self._descriptor):
+                self._files[offset] = (size, path)
+        except TarFault as fault:
+            self._end, self.fault = fault.at, f"{fault.reason}: {fault.detail}"
 
     def read(self, key: str, offset: int, size: int) -> bytes:
         """The data of a file of sample `key`. Raises SampleError unless they lie there, as far as the tar is one."""
         found = self._files.get(offset)
         inside = size >= 0 and offset + size <= self._size
         known = found is not None and found[0] == size and found[1].startswith(f"{key}.")
-        if not inside or (not known and (offset < self._end or not self.fault)):
+        if not inside or (not known and offset < self._end):
             told = f"{size} bytes at {offset}"
             there = (
                 f"of a tar of {self._size}" if not inside else f"there is {found[1]}, {found[0]} bytes" if found else ""
             )
             raise SampleError(key, OFF_MEMBER, ", ".join(filter(None, (told, there))))
+        if size > MOST_IMAGE:
+            raise SampleError(key, IMAGE_TOO_LARGE, f"{size} bytes")
         return os.pread(self._descriptor, size, offset)

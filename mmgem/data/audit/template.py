@@ -59,9 +59,10 @@ ul.names{margin:4px 0;padding-left:1.1em;font-size:.85rem}
 <h2>Pictures in two splits</h2>
 {% for leak in leaks %}
 <h3>{{ leak.splits[0] }} and {{ leak.splits[1] }}</h3>
-<p><span class="wrong">✗</span> {{ "{:,}".format(leak.pictures[0]) }} pictures of {{ leak.splits[0] }} are
-{{ "{:,}".format(leak.pictures[1]) }} pictures of {{ leak.splits[1] }}: {{ "{:,}".format(leak.identical) }} pairs of the
-same bytes, {{ "{:,}".format(leak.near) }} near ones.{% if leak.pairs|length > leak.shown|length %} The first are
+<p><span class="wrong">✗</span> Shared pictures: {{ "{:,}".format(leak.pictures[0]) }} of {{ leak.splits[0] }},
+{{ "{:,}".format(leak.pictures[1]) }} of {{ leak.splits[1] }}; pairs of the same bytes:
+{{ "{:,}".format(leak.identical) }}, near ones: {{ "{:,}".format(leak.near) }}.
+{% if leak.pairs|length > leak.shown|length %} The first are
 shown, check.json names all.{% endif %}</p>
 {{ pairs(leak.shown) }}
 {% else %}<p>None{% if not decoded %} of the same bytes; near ones are found only where pictures are decoded

@@ -31,7 +31,8 @@ NOT_VISUAL = "0"
 """The id of all phrases that name nothing to be seen."""
 
 _LISTS = ("train", "val", "test")
-_MARKED = re.compile(r"\[/EN#([^/\s\]]+)((?:/[^/\s\]]+)*)\s*([^\]]*)\]")
+# Possessive, and no "[" in it: a text without "]" is not gone over again and again.
+_MARKED = re.compile(r"\[/EN#([^/\s\[\]]++)((?:/[^/\s\[\]]++)*+)\s*+([^\[\]]*+)\]")
 
 Boxes = Mapping[str, list[list[float]]]
 """Entity -> its boxes, xyxy."""

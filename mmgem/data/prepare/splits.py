@@ -82,8 +82,8 @@ def read_split_by(text: str | Path | None) -> SplitBy:
 
 def check_split_name(name: str) -> str:
     """The name, if it can be that of a folder in the dataset. Raises UserError."""
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"{name!r} cannot be a split: it names a folder, use letters, digits, - and _")
+    if not re.fullmatch(r"\w[\w.-]{0,62}", name):  # which is 252 bytes at most
+        raise UserError(f"{name[:80]!r} cannot be a split: it names a folder, use letters, digits, - and _")
     return name
 
 
