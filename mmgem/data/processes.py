@@ -11,9 +11,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from typing import TypeVar
 
@@ -44,7 +45,8 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], processes: int)
     waiting: deque[Future[R]] = deque()
     try:
         for task in tasks:
-            waiting.append(pool.submit(function, task))
+            with _ctrl_c_later():  # it may start a process, which has it blocked then until it knows to ignore it
+                waiting.append(pool.submit(function, task))
             if len(waiting) == 3 * processes:
                 yield waiting.popleft().result()
         while waiting:
@@ -57,6 +59,15 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], processes: int)
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stop_if_asked() -> None:
