@@ -308,6 +308,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.run(args)
     except UserError as e:
         code = _failed(e, args)
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
+        code = 141
     except OSError as e:
         if e.filename is None:
             raise

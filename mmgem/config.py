@@ -273,8 +273,9 @@ def to_tree(config: Any) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
-def save_config(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_tree(config), sort_keys=False))
+def config_text(config: Config) -> str:
+    """What `load_config` reads."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
 
 
 def _plain(value: Any) -> Any:
@@ -302,7 +303,9 @@ def _numbers(value: Any) -> Any:
 def _words(tree: dict[str, Any]) -> dict[str, Any]:
     """YAML reads `precision: 32`, `run: 2024` and the like as numbers; they are words."""
     tree = copy.deepcopy(tree)
-    training, stages = tree.get("training"), tree.get("stages")
+    training, stages, data = tree.get("training"), tree.get("stages"), tree.get("data")
+    if isinstance(data, dict) and data.get("path", "") is None:
+        data["path"] = ""  # as `data.path=` on the command line says
     places = [(tree, "run"), (training, "precision")]
     places += [(stage, "name") for stage in stages] if isinstance(stages, list) else []
     for place, key in places:

@@ -6,6 +6,7 @@ nothing itself.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -14,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmgem.config import Config, DataConfig, LossConfig, ModelConfig, StageConfig, TrainingConfig, VisionConfig
 
+MOST_LANES = 10_000
+
 PARTS = ("vision", "llm", "projections")
 """What can be frozen and given a learning rate. `projections`: h1, h2, h3, [EMB], [CAP] and logit_scale."""
 
 
 def contradictions(config: Config) -> Iterator[str]:
     """All that is wrong, first things first."""
+    for place in _not_finite(dataclasses.asdict(config)):
+        yield f"{place[1:]} must be a finite number"
     yield from _of(
-        (config.seed < 0, "seed must be 0 or more"), (not config.stages, "stages: at least one stage is needed")
+        (not 0 <= config.seed < 2**32, "seed must be 0 or more, and below 2^32"),
+        (not config.stages, "stages: at least one stage is needed"),
     )
     names = [s.name for s in config.stages]
     yield from _of((len(set(names)) < len(names), f"stages: names must differ, given {names}"))
@@ -35,6 +41,17 @@ def contradictions(config: Config) -> Iterator[str]:
     for number, stage in enumerate(config.stages):
         for message in (*_stage(stage), *_pictures(stage, config.model.vision), *_loss(stage.loss, stage.max_regions)):
             yield f"stages.{number} ({stage.name}): {message}"
+
+
+def _not_finite(value: Any, place: str = "") -> Iterator[str]:
+    """Where a setting is infinite or no number; free-form `config`s are their library's."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            if key != "config":
+                yield from _not_finite(item, f"{place}.{key}")
 
 
 def _of(*rules: tuple[Any, str]) -> Iterator[str]:
@@ -72,6 +89,8 @@ def _data(data: DataConfig, max_tokens: int) -> Iterator[str]:
         if not 0 <= getattr(data, name) <= 1:
             yield f"data.{name} must be a share, from 0 to 1"
     yield from _at_least("data.", data, 1, "window", "lanes")
+    if data.lanes > MOST_LANES:
+        yield f"data.lanes must be at most {MOST_LANES}"
     weights = [source.weight for source in data.sources]
     yield from _of(
         (

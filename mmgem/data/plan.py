@@ -23,8 +23,8 @@ from mmgem.data.sources import Sources, open_training_data, open_validation_data
 from mmgem.data.store import is_url
 from mmgem.errors import UserError
 
-_POSITIONS = 1 << 20
-"""So many are looked at to find a rank's lanes: where they differ from step to step, all but a few are found."""
+_POSITIONS = 1 << 18
+"""So many are looked at to find a rank's lanes where they differ from step to step."""
 _LOOKED_AHEAD = 2
 """torch's loader has so many batches under way for each worker."""
 _MEMBERS = 1.01
@@ -69,7 +69,7 @@ def refuse_impossible(stages: Sequence[StageConfig], dataset: Sources, machines:
         refuse_uneven_ranks(stage, machines)
         refuse_missing_regions(dataset, stage)
         _refuse_nothing_to_learn(dataset, stage)
-        _refuse_large_batch(stage, len(dataset), machines.ranks)
+        _refuse_large_batch(stage, dataset, machines.ranks)
         _refuse_short(stage, len(dataset), machines.ranks)
 
 
@@ -107,14 +107,18 @@ def _refuse_nothing_to_learn(dataset: Sources, stage: StageConfig) -> None:
         )
 
 
-def _refuse_large_batch(stage: StageConfig, samples: int, ranks: int) -> None:
-    batch = stage.global_batch
-    if batch > samples:
-        fitting = samples // ranks * ranks
-        mend = f"set it to {fitting}" if fitting > 1 else "prepare more data, or start fewer ranks"
+def _refuse_large_batch(stage: StageConfig, dataset: Sources, ranks: int) -> None:
+    batch, fitting = stage.global_batch, len(dataset)
+    if dataset.weights:  # of each source a step has its share
+        splits = zip(dataset.splits, dataset.weights, strict=True)
+        fitting = min(math.floor(len(split) * sum(dataset.weights) / weight) for split, weight in splits)
+    if batch > fitting:
+        near = fitting // ranks * ranks
+        mend = f"set it to {near}" if near > 1 else "prepare more data, or start fewer ranks"
+        share = ", of a source with its weight" if dataset.weights else ""
         raise UserError(
-            f"stage {stage.name}: global_batch={batch} is more than the {samples} samples of the data, a step would "
-            f"hold pictures twice; {mend}"
+            f"stage {stage.name}: global_batch={batch} is more than the {fitting} samples of the data{share}, a step "
+            f"would hold pictures twice; {mend}"
         )
 
 
@@ -213,7 +217,7 @@ def plan_stage(stage: StageConfig, data: DataConfig, order: Order, shards: Shard
     seen = steps * stage.global_batch
     drawn = order.drawn(seen)
     epochs = tuple(count / samples for count, samples in zip(drawn, shards.samples, strict=True))
-    of_rank = _lanes_read(order, stage.global_batch, steps, machines.ranks)
+    of_rank = _lanes_read(order, stage.global_batch, steps, machines.ranks, len(shards.groups) > 1)
     of_node = np.logical_or.reduce(of_rank.reshape(machines.nodes, machines.gpus_per_node, order.lanes), axis=1)
 
     def most_of(reads_NL: np.ndarray) -> tuple[Reads, float]:
@@ -242,13 +246,14 @@ def plan_stage(stage: StageConfig, data: DataConfig, order: Order, shards: Shard
     )
 
 
-def _lanes_read(order: Order, batch: int, steps: int, ranks: int) -> np.ndarray:
-    """Which lanes each rank reads: ranks x lanes, boolean. Which they are repeats after at most `lanes` steps where
-    the data are one source."""
+def _lanes_read(order: Order, batch: int, steps: int, ranks: int, weighted: bool) -> np.ndarray:
+    """Which lanes each rank reads: ranks x lanes, boolean. Which they are repeats after `lanes` steps, but where an
+    epoch ends, and where sources have weights: there so many steps are looked at that few are missed."""
+    steps = min(steps, max(order.lanes, _POSITIONS // batch if weighted else 1))
+    lanes_NG = np.sort(order.lanes_of(np.arange(steps * batch)).reshape(steps, batch), axis=1)
+    rank_G = np.arange(batch) // (batch // ranks)
     reads = np.zeros((ranks, order.lanes), dtype=bool)
-    for step in range(min(steps, order.lanes, max(1, _POSITIONS // batch))):
-        lanes_G = order.lanes_of(order.step(step, batch))
-        reads[np.arange(batch) // (batch // ranks), lanes_G] = True
+    reads[np.broadcast_to(rank_G, lanes_NG.shape), lanes_NG] = True
     return reads
 
 

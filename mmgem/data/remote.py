@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from mmgem.errors import UserError, one_line
 T = TypeVar("T")
 
 _LONGEST_WAIT = 60.0
+_SILENT = 3.0  # seconds of trying that nobody is told of
 _PACKAGES = {"s3": "mmgem[s3]", "s3a": "mmgem[s3]", "gs": "mmgem[gs]", "gcs": "mmgem[gs]"}
 _TRANSIENT = (408, 425, 429)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError")
@@ -88,7 +90,7 @@ class Remote:
         return [name if "://" in name else f"{protocol}://{name}" for name in self._try(url, found)]
 
     def _try(self, url: str, action: Callable[[AbstractFileSystem, str], T]) -> T:
-        tries = self.retries + 1
+        tries, begun = self.retries + 1, time.monotonic()
         for number in range(tries):
             try:
                 files = self._filesystem(url)
@@ -104,6 +106,8 @@ class Remote:
                         f"cannot read {url}, tried {tries} times: {last}; look at the connection and the server, then "
                         "run again"
                     ) from error
+                if time.monotonic() - begun > _SILENT:
+                    print(f"{url}: {_said(error)}; trying again ({number + 2} of {tries})", file=sys.stderr)
             time.sleep(min(_LONGEST_WAIT, self.backoff * 2**number) * _jitter.uniform(0.5, 1))
         raise AssertionError("unreachable")
 

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import lightning as L
 from PIL import Image
 
-from mmgem.config import Config
+from mmgem.config import Config, to_tree
 from mmgem.data.batch import Batch
 from mmgem.data.datamodule import StageData
 from mmgem.errors import UserError
@@ -177,6 +177,7 @@ class Checkpoints(L.Callback):
         assert isinstance(pl_module, StageModule)
         samples = trainer.global_step * pl_module.stage.global_batch
         checkpoint["run_state"] = state_tree(RunState(pl_module.stage_number, samples))
+        checkpoint["settings"], checkpoint["data"] = to_tree(self.config), self.folder.data_checksums
         # What the LLM's and the tower's sources said beside their weights, which a resumed run does not read again.
         checkpoint["architecture"] = config_json(pl_module.model)
 

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from mmgem import __version__
-from mmgem.config import Config, save_config, to_tree
+from mmgem.config import Config, config_text, to_tree
 from mmgem.errors import UserError, one_line
 
 # Settings that may differ between the parts of a run without changing its result.
@@ -63,6 +63,10 @@ class RunFolder:
             checkpoint = Path(resume)
             if not checkpoint.is_file():
                 raise UserError(f"--resume {resume}: no such checkpoint; give a file, auto or never")
+            begun = read_state(checkpoint)[1]
+            if "settings" in begun:  # not in checkpoints of early versions
+                _refuse_other_settings(resume, begun["settings"], config)
+                _refuse_other_data(resume, begun["data"], config, data_checksum)
         else:
             checkpoint = self.newest() if resume == "auto" else None
             if resume == "never" and (self.newest() or self.model.exists()):
@@ -70,31 +74,16 @@ class RunFolder:
                     f"{self.path} already holds a run; --resume auto goes on with it, run=OTHER chooses another folder"
                 )
         if self.config.is_file() and (checkpoint is not None or self.finished):
-            self._refuse_other_settings(config)
-            self._refuse_other_data(config, data_checksum)
+            _refuse_other_settings(str(self.path), yaml.safe_load(self.config.read_text()), config)
+            _refuse_other_data(str(self.path), self.data_checksums, config, data_checksum)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        save_config(config, self.config)
+        write_atomically(self.config, config_text(config))
         return checkpoint
 
-    def _refuse_other_settings(self, config: Config) -> None:
-        before, now = _flat(yaml.safe_load(self.config.read_text())), _flat(to_tree(config))
-        for key in sorted(set(before) | set(now)):
-            free = key.startswith(FREE_SETTINGS) or FREE_PLACES.fullmatch(key)
-            free = free and key not in BOUND_SETTINGS
-            if not free and before.get(key) != now.get(key):
-                raise UserError(
-                    f"{self.path}: the run began with {key}={before.get(key)}, now it is {now.get(key)}; "
-                    "set it back, or choose another folder with run=OTHER"
-                )
-
-    def _refuse_other_data(self, config: Config, checksum: str) -> None:
-        split = config.data.train_split
-        before = self._read_facts().get("data", {}).get(split, checksum)
-        if before != checksum:
-            raise UserError(
-                f"{config.data.path}/{split} holds other data than the run in {self.path} began with "
-                f"(checksum {checksum[:12]}, it was {before[:12]}); name those, or another folder with run=OTHER"
-            )
+    @property
+    def data_checksums(self) -> dict[str, str]:
+        """Of each split that the run reads."""
+        return self._read_facts().get("data", {})
 
     @property
     def finished(self) -> bool:
@@ -144,6 +133,30 @@ class RunFolder:
             file.unlink()
 
 
+def _refuse_other_settings(origin: str, begun: Any, config: Config) -> None:
+    """origin: the run's folder or checkpoint, for the error. begun: the settings it has, as a tree."""
+    before, now = _flat(begun), _flat(to_tree(config))
+    for key in sorted(set(before) | set(now)):
+        free = key.startswith(FREE_SETTINGS) or FREE_PLACES.fullmatch(key)
+        free = free and key not in BOUND_SETTINGS
+        if not free and before.get(key) != now.get(key):
+            raise UserError(
+                f"{origin}: the run began with {key}={before.get(key)}, now it is {now.get(key)}; set it back, or "
+                "begin another run with run=OTHER (init_from=RUN takes the weights along)"
+            )
+
+
+def _refuse_other_data(origin: str, begun: dict[str, str], config: Config, checksum: str) -> None:
+    split = config.data.train_split
+    before = begun.get(split, checksum)
+    if before != checksum:
+        place = f"{config.data.path}/{split}" if config.data.path else "data.sources"
+        raise UserError(
+            f"{place} holds other data than the run in {origin} began with (checksum {checksum[:12]}, it was "
+            f"{before[:12]}); name those, or another folder with run=OTHER"
+        )
+
+
 def read_state(checkpoint: Path) -> tuple[RunState, dict[str, Any]]:
     """A checkpoint's RunState and the whole of it."""
     try:
@@ -186,7 +199,8 @@ def append_line(file: Path, line: dict[str, Any]) -> None:
 
 def _split(file: Path) -> list[str]:
     """The lines; `str.splitlines` would also cut at U+2028 and the like, which captions and keys may have."""
-    return [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+    # A kill may have cut a character in two.
+    return [line for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if line]
 
 
 def _checkpoint_name(run_step: int) -> str:

@@ -45,9 +45,9 @@ class FeatureCache:
         return {**self.__dict__, "_array": None}
 
     def get(self, index: int, number: int) -> Tensor:
-        reason = self.meta["broken"].get(str(index))
-        if reason is not None:
-            raise SampleError(reason[0], reason[1])
+        broken = self.meta["broken"].get(str(index))
+        if broken is not None:
+            raise SampleError(*broken)
         array = self._array
         if array is None:
             array = self._array = np.load(self.folder / "features.npy", mmap_mode="r")
@@ -55,22 +55,23 @@ class FeatureCache:
 
 
 class _Views(Dataset):
-    """Sample number -> V x 3 x S x S, or the reason why not."""
+    """Place among the wanted samples -> its number, and V x 3 x S x S, or what is wrong with it."""
 
     def __init__(self, dataset: Sources, data: DataConfig, preprocess: Preprocess, seed: int, views: int):
         self.dataset, self.data, self.preprocess = dataset, data, preprocess
-        self.seed, self.views, self.first = seed, views, 0
+        self.seed, self.views = seed, views
+        self.wanted: list[int] = []
 
     def __len__(self) -> int:
-        return len(self.dataset) - self.first
+        return len(self.wanted)
 
-    def __getitem__(self, offset: int) -> tuple[int, Tensor | tuple[str, str]]:
-        index = self.first + offset
+    def __getitem__(self, place: int) -> tuple[int, Tensor | tuple[Any, ...]]:
+        index = self.wanted[place]
         try:
             sample = self.dataset.sample(index)
             image = decode_image(sample)
         except SampleError as e:
-            return index, (e.key, e.reason)
+            return index, e.args
         views = [cached_view(self.data, self.preprocess, self.seed, index, v, *image.size) for v in range(self.views)]
         return index, torch.stack([view.picture(image, self.preprocess) for view in views])
 
@@ -91,9 +92,10 @@ def feature_cache(
     folder = root / _fingerprint(tower, source, bf16)
     meta_file = folder / "meta.json"
     meta = json.loads(meta_file.read_text()) if meta_file.is_file() else {"done": 0, "broken": {}}
-    if meta["done"] < len(dataset):
+    # What was broken may have been mended since: the index, whose checksum is in the folder's name, would not tell.
+    source.wanted = [*map(int, meta["broken"]), *range(meta["done"], len(dataset))]
+    if source.wanted:
         folder.mkdir(parents=True, exist_ok=True)
-        source.first = meta["done"]
         _build(tower.to(device).eval(), source, meta, folder, device, bf16)
     return FeatureCache(folder)
 
@@ -111,7 +113,7 @@ def _build(
     else:
         import shutil
 
-        meta["done"], source.first = 0, 0
+        meta["done"], source.wanted = 0, list(range(total))
         if shutil.disk_usage(folder).free < 1.05 * needed:
             raise UserError(
                 f"{folder}: cached_views={source.views} needs {needed / 1e9:.1f} GB of disk; lower it or free space"
@@ -121,20 +123,25 @@ def _build(
     loader = DataLoader(
         source, batch_size=BATCH, collate_fn=list, num_workers=workers, worker_init_fn=leave_signals_to_parent
     )
-    with Progress(f"caching {source.views} views ({needed / 1e9:.1f} GB)", total, "pictures", meta["done"]) as progress:
+    what, done = f"caching {source.views} views ({needed / 1e9:.1f} GB)", total - len(source.wanted)
+    with Progress(what, total, "pictures", done) as progress:
         for number, items in enumerate(loader):
             stop_if_asked()
             good = [(i, views) for i, views in items if isinstance(views, Tensor)]
-            meta["broken"] |= {str(i): why for i, why in items if not isinstance(why, Tensor)}
+            for index, found in items:
+                if isinstance(found, Tensor):
+                    meta["broken"].pop(str(index), None)
+                else:
+                    meta["broken"][str(index)] = found
             if good:
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     parts = [tower.trunk(p.to(device)) for p in torch.cat([v for _, v in good]).split(BATCH)]
                 hidden = torch.cat(parts).to(torch.float16).cpu().numpy()
                 for place, (index, _) in enumerate(good):
                     array[index] = hidden[place * source.views : (place + 1) * source.views]
-            meta["done"] = items[-1][0] + 1
+            meta["done"] = max(meta["done"], items[-1][0] + 1)
             progress.advance(len(items))
-            if number % 20 == 19 or meta["done"] == total:
+            if number % 20 == 19 or number == len(loader) - 1:
                 array.flush()
                 write_atomically(folder / "meta.json", json.dumps(meta))
 

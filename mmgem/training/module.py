@@ -62,7 +62,7 @@ class StageModule(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # All randomness of a step follows from its number, so a resumed run draws what an unbroken one would have.
         seed = (self.seed * 1_000_003 + self.stage_number) * 1_000_003 + batch_idx
-        torch.manual_seed(seed + self.rank * 1_000_000_007)
+        torch.manual_seed((seed + self.rank * 1_000_000_007) % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out: Output = self.model(

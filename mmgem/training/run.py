@@ -38,7 +38,7 @@ from mmgem.training.callbacks import BrokenSamples, CaptionSamples, Checkpoints,
 from mmgem.training.checkpoint import RunFolder, RunState, read_state
 from mmgem.training.features import FeatureCache, feature_cache
 from mmgem.training.module import StageModule
-from mmgem.training.ranks import Ranks, process_group
+from mmgem.training.ranks import Ranks, StartedRanks, process_group
 from mmgem.training.signals import Stopped, stop_if_asked, stopping_at_once
 
 SAMPLE_PICTURES = 4
@@ -177,6 +177,7 @@ def _run_stage(
         devices=ranks.local_count,
         num_nodes=ranks.nodes,
         strategy=_strategy(ranks, choose_device(config)),
+        plugins=[StartedRanks(ranks)],
         use_distributed_sampler=False,  # the sampler is ours, see StageSampler
         precision="bf16-mixed" if uses_bf16(config) else "32-true",
         max_epochs=1,
@@ -198,6 +199,7 @@ def _run_stage(
     )
     hand_back_freed_memory()  # the data module's workers are forks
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    assert checkpoints.signal is not None or trainer.global_step == data.steps, (trainer.global_step, data.steps)
     return checkpoints.signal
 
 

@@ -240,6 +240,17 @@ def test_check_counts_what_training_counts(model: Path, tiny: Tiny, capsys: pyte
     assert "stage fine-grained: 400 samples, global_batch 16, up to 3 regions an image, frozen: nothing" in lines
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As `mmgem check … | head -1`: the pipe is closed before all is written."""
+    config = Path(__file__).parents[2] / "configs/quickstart.yaml"
+    command = [sys.executable, "-m", "mmgem.cli", "check", "--config", str(config), "--no-data"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.readline()
+        running.stdout.close()
+        assert running.wait() == 141 and running.stderr.read() == ""
+
+
 def test_data_prepare_in_processes(tmp_path: Path) -> None:
     counts = ["--train", "70", "--val", "0", "--test", "9", "--size", "48", "--processes", "2", "--shard-size", "40"]
     done = run("data", "prepare", "scenes", "--out", tmp_path / "made", *counts)

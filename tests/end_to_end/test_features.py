@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import CONFIG, Process, Tiny, break_samples, figures, same_bits, weights
+from tiny import CONFIG, Process, Tiny, break_samples, figures, read_lines, same_bits, weights
 
 from mmgem.cli import main
 from mmgem.config import Config, load_config
@@ -132,6 +132,26 @@ def test_broken_samples_are_remembered(tiny: Tiny, tmp_path: Path) -> None:
     assert data.train(tmp_path / "uncached", *uncached) == 0
     regions = [[line["regions"] for line in figures(tmp_path / name)] for name in ("run", "uncached")]
     assert regions[0] == regions[1], "the same samples are left out"
+
+
+def test_what_is_mended_is_cached_and_what_is_broken_is_named_in_full(tmp_path: Path) -> None:
+    data = Tiny(tmp_path / "data")
+    counts = ["--train", "96", "--val", "4", "--test", "4", "--size", "64", "--shard-size", "24", "--processes", "1"]
+    assert main(["data", "prepare", "scenes", "--out", str(data.data), *counts]) == 0
+    settings = (STAGE % "cached_views: 1", CUT, "data.max_broken=1", f"data.cache={tmp_path}/cache")
+    shard = data.data / "train/shard-000002.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    for run in ("cut", "cut again"):
+        assert data.train(tmp_path / run, *settings) == 0
+        (line,) = read_lines(tmp_path / run / "broken.jsonl")
+        assert (line["key"], line["shard"], line["reason"]) == ("", str(shard), "shard cut short")
+    shard.write_bytes(whole)
+    assert data.train(tmp_path / "mended", *settings) == 0
+    assert read_lines(tmp_path / "mended/broken.jsonl") == []
+    fresh = (*settings[:-1], f"data.cache={tmp_path}/other")
+    assert data.train(tmp_path / "fresh", *fresh) == 0
+    assert figures(tmp_path / "mended") == figures(tmp_path / "fresh")
 
 
 # --- stopped, and no room -----------------------------------------------------------------------------

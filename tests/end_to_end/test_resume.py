@@ -177,6 +177,21 @@ def test_from_a_named_checkpoint_into_another_folder(tiny: Tiny, unbroken: Path,
     assert not (tmp_path / "branch/stages/global").exists(), "its weights are not known here"
 
 
+def test_a_named_checkpoint_goes_on_with_its_own_settings_and_data(
+    tiny: Tiny, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = str(unbroken / "checkpoints/step-00000035.ckpt")
+    other = ("stages.1.global_batch=8", "stages.1.global_batch=16, now it is 8"), ("seed=1", "seed=0, now it is 1")
+    for setting, message in other:
+        said = refused(capsys, tiny.train(tmp_path / "branch", *RANDOM, setting, resume=checkpoint))
+        assert said.startswith(f"mmgem: error: {checkpoint}: ") and message in said and "init_from" in said
+    less = ("--train", "48", "--val", "4", "--test", "4", "--size", "64", "--processes", "1")
+    assert main(["data", "prepare", "scenes", "--out", str(tmp_path / "data"), *less]) == 0
+    said = refused(capsys, Tiny(tmp_path / "data").train(tmp_path / "branch", *RANDOM, resume=checkpoint))
+    assert f"{tmp_path}/data/train holds other data" in said
+    assert not (tmp_path / "branch").exists()
+
+
 def test_the_llms_own_settings_are_not_asked_for_again(tiny: Tiny, unbroken: Path, tmp_path: Path) -> None:
     """Named by its folder alone; the base of its positions and its norms' epsilon are in no weight."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -302,6 +317,11 @@ def test_a_checkpoint_that_is_none(tiny: Tiny, tmp_path: Path, capsys: pytest.Ca
 def test_a_checkpoint_of_another_model(
     tiny: Tiny, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Also where its settings would do: an LLM or a tower that is named may have become another."""
     checkpoint = unbroken / "checkpoints/step-00000010.ckpt"
-    message = refused(capsys, tiny.train(tmp_path / "run", "model.embed_dim=48", resume=str(checkpoint)))
-    assert str(checkpoint) in message and "does not fit" in message
+    changed = tmp_path / "changed.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    content["settings"]["model"]["embed_dim"] = 48
+    torch.save(content, changed)
+    message = refused(capsys, tiny.train(tmp_path / "run", *RANDOM, "model.embed_dim=48", resume=str(changed)))
+    assert str(changed) in message and "does not fit" in message

@@ -48,7 +48,7 @@ def test_a_web_server_gives_the_run_that_the_folder_gives(small_shards: Path, tm
 
 def test_two_sources_in_their_shares(tiny: Tiny, small_shards: Path, tmp_path: Path) -> None:
     sources = f"data.sources=[{{path: {tiny.data}, weight: 3}}, {{path: {small_shards}, weight: 1}}]"
-    assert train(tmp_path / "run", "data.path=''", sources) == 0
+    assert train(tmp_path / "run", "data.path=", sources) == 0
     lines = read_lines(tmp_path / "run/keys.jsonl")
     seen = Counter(key.split(":")[0] for line in lines for key in line["keys"])
     assert seen["0"] + seen["1"] == 192 and abs(seen["0"] - 144) <= 2, "of any stretch, not only of all PERIOD"

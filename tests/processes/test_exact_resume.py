@@ -23,20 +23,20 @@ OFTEN = "training.checkpoint_every=4"
 
 
 class Job:
-    """The ranks of one run."""
+    """The ranks of one run, as those of so many machines."""
 
-    def __init__(self, tiny: Tiny, run: Path, count: int, *settings: str):
+    def __init__(self, tiny: Tiny, run: Path, count: int, *settings: str, nodes: int = 1):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         arguments = tiny.arguments(run, *SETTINGS, *settings, resume="auto")[1:]
-        self.run = run
+        self.run, local = run, count // nodes
         self.ranks = [
             Process(
                 *arguments,
                 script=TRAIN,
                 **{"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-                **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+                **{"LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local)},
             )
             for rank in range(count)
         ]
@@ -95,8 +95,8 @@ def test_killed_twenty_times(tiny: Tiny, tmp_path: Path) -> None:
 def test_one_two_four_and_one_rank_in_turn(tiny: Tiny, tmp_path: Path) -> None:
     finish(tiny, tmp_path / "unbroken", 1, *FP64)
     run = tmp_path / "run"
-    for count, kill_after in ((1, 35), (2, 64), (4, 93)):
-        Job(tiny, run, count, *FP64).kill_after(kill_after)
+    for count, nodes, kill_after in ((1, 1, 35), (2, 2, 64), (4, 2, 93)):
+        Job(tiny, run, count, *FP64, nodes=nodes).kill_after(kill_after)
     finish(tiny, run, 1, *FP64)
     assert keys(run) == keys(tmp_path / "unbroken") and len(keys(run)) == STEPS
     pairs = list(zip(figures(run), figures(tmp_path / "unbroken"), strict=True))

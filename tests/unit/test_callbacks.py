@@ -213,6 +213,8 @@ def test_lines_are_cut_at_their_ends_only(tmp_path: Path) -> None:
     for line in lines:
         append_line(folder.broken, line)
     assert folder.lines(folder.broken) == lines
+    with folder.broken.open("ab") as file:
+        file.write(b'{"step": 1, "key": "a character that a kill has cut: \xc3')
     folder.forget_after(1)
     assert folder.lines(folder.broken) == lines[:1]
 

@@ -318,6 +318,16 @@ def test_a_cache_that_is_too_small(data: Path) -> None:
     assert "data.window" not in refused(config(url, window=1, lanes=4, shard_cache_gb=1e-6))
 
 
+def test_a_batch_that_a_source_cannot_fill(data: Path, tmp_path: Path) -> None:
+    """Of a source of 10 samples a step of 16 would have 12."""
+    write_split(tmp_path / "train", [sample(n) for n in range(10)])
+    sources = [{"path": str(data), "weight": 1}, {"path": str(tmp_path), "weight": 3}]
+    message = refused(config("", {"global_batch": 16}, sources=sources), Machines(1, 2))
+    assert "global_batch=16 is more than the 13 samples of the data, of a source with its weight, a step" in message
+    assert message.endswith("set it to 12")
+    data_plan(config("", {"global_batch": 12}, sources=sources), Machines(1, 2))
+
+
 def test_weights_that_cannot_be_kept(data: Path) -> None:
     def weighted(weight: float) -> Config:
         path = str(data)
