@@ -22,7 +22,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -134,6 +134,19 @@ def read_members(split: Store, shard: ShardEntry) -> ShardMembers:
         detail = f"{split.name(shard.members)}: {error}"
         raise SampleError("", "shard's members file is broken", detail, shard=split.name(shard.path)) from error
     return ShardMembers(keys, np.array(numbers, dtype=np.int64).reshape(-1, 3, 2))
+
+
+def read_left_out(split: Store) -> Iterator[dict[str, str]]:
+    """What was left out of the index when it was made: {"key", "shard", "reason", "detail"}. Raises UserError."""
+    if not split.exists(BROKEN_NAME):
+        return
+    for number, line in enumerate(split.read(BROKEN_NAME).splitlines(), start=1):
+        try:
+            item = json.loads(line)
+            yield {name: str(item[name]) for name in ("key", "shard", "reason", "detail")}
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            name = split.name(BROKEN_NAME)
+            raise UserError(f"{name}, line {number} is broken ({error!r}): remove the file") from error
 
 
 def spans(files: Mapping[str, Sequence[int]]) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ other bytes) makes a SampleError of each of its samples.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import tempfile
@@ -25,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from mmgem.data.index import (
-    BROKEN_NAME,
     INDEX_NAME,
     OFF_MEMBER,
     OTHER_COUNT,
     Index,
     ShardMembers,
     read_index,
+    read_left_out,
     read_members,
 )
 from mmgem.data.samples import (
@@ -95,15 +94,8 @@ class ShardedDataset:
         return self.totals["regions"] > 0
 
     def left_out(self) -> Iterator[dict[str, str]]:
-        """What was left out of the index when it was made: {"key", "shard", "reason", "detail"}. Raises UserError."""
-        if self.store.exists(BROKEN_NAME):
-            for number, line in enumerate(self.store.read(BROKEN_NAME).splitlines(), start=1):
-                try:
-                    item = json.loads(line)
-                    yield {name: str(item[name]) for name in ("key", "shard", "reason", "detail")}
-                except (ValueError, TypeError, KeyError, RecursionError) as error:
-                    name = self.store.name(BROKEN_NAME)
-                    raise UserError(f"{name}, line {number} is broken ({error!r}): remove the file") from error
+        """As `index.read_left_out`."""
+        return read_left_out(self.store)
 
     @property
     def keys(self) -> list[str]:

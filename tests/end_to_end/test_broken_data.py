@@ -141,3 +141,17 @@ def test_what_is_read_does_not_depend_on_workers(faulty: Path, tmp_path: Path) -
     assert keys[0] == keys[1]
     broken = [{(line["key"], line["shard"]) for line in read_lines(tmp_path / w / "broken.jsonl")} for w in ("0", "2")]
     assert broken[0] == broken[1]
+
+
+def test_the_check_names_them_too(faulty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(faulty), "--out", str(tmp_path)]) == 1
+    (split,) = json.loads((tmp_path / "check.json").read_text())["splits"].values()
+    named = {(one["name"], row["reason"]) for row in split["findings"] for one in row["named"]}
+    left_out = {("00004", "left out when the index was made"), ("00020", "left out when the index was made")}
+    assert named >= {("00002", "broken image"), ("00022", "box is not four numbers"), *left_out}
+    failing = {row["reason"] for row in split["findings"] if row["fails"]}
+    assert (
+        failing >= {"shard cut short", "shard has another checksum"}
+        and "left out when the index was made" not in failing
+    )
+    assert "5 × left out when the index was made" in capsys.readouterr().out

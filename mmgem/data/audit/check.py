@@ -20,10 +20,10 @@ import numpy as np
 
 from mmgem.data.audit.dataset import Dataset, open_splits
 from mmgem.data.audit.duplicates import Duplicates
-from mmgem.data.audit.findings import KEY_ELSEWHERE, MOST_NAMES, OTHER_TOTALS
+from mmgem.data.audit.findings import KEY_ELSEWHERE, LEFT_OUT, MOST_NAMES, OTHER_TOTALS
 from mmgem.data.audit.page import render_page
 from mmgem.data.audit.report import report, screen
-from mmgem.data.index import write_whole
+from mmgem.data.index import read_left_out, write_whole
 from mmgem.data.samples import DUPLICATE_KEY
 from mmgem.data.store import is_url
 from mmgem.errors import UserError
@@ -47,8 +47,8 @@ def check_data(
 
     What fails: a shard that is missing, cut short, changed, or no whole tar; files that are not where the index says;
     broken samples; other totals than the index; the same key twice in a split; and a picture in two splits. What is
-    only said: dropped captions, phrases and boxes, boxes over the border, the same picture twice in a split, and keys
-    that two splits share.
+    only said: dropped captions, phrases and boxes, boxes over the border, the same picture twice in a split, keys that
+    two splits share, and what was left out when the index was made.
     """
     started = time.monotonic()
     if processes is not None and processes < 1:
@@ -64,6 +64,7 @@ def check_data(
         duplicates = Duplicates(dataset.digests_N, dataset.hashes_N2, dataset.thumbs_NC, numbers)
         _note_keys(dataset)
         _note_totals(dataset)
+        _note_left_out(dataset)
         found = report(str(location), dataset, duplicates, decode, time.monotonic() - started)
     tree = json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False)
     write_whole(folder / JSON_NAME, _utf8(tree))
@@ -96,6 +97,13 @@ def _note_keys(dataset: Dataset) -> None:
                 split.findings.add(reason, name, detail)
             if len(rows) > len(named):
                 split.findings.counts[reason] += len(rows) - len(named)
+
+
+def _note_left_out(dataset: Dataset) -> None:
+    for split in dataset.splits:
+        for one in read_left_out(split.store):
+            why = f"{one['reason']}: {one['detail']}" if one["detail"] else one["reason"]
+            split.findings.add(LEFT_OUT, one["key"] or one["shard"], why)
 
 
 def _note_totals(dataset: Dataset) -> None:
