@@ -76,10 +76,15 @@ def test_kill_9_at_any_moment(tmp_path: Path, unbroken: Path, moment: str):
     assert_whole(out, unbroken)
 
 
+def heed_ctrl_c() -> None:
+    """A shell that has these tests run in the background has them ignore it, and their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path, unbroken: Path):
     out = tmp_path / "out"
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = subprocess.Popen(command(out), start_new_session=True, **options)
+    running = subprocess.Popen(command(out), start_new_session=True, preexec_fn=heed_ctrl_c, **options)
     until(lambda: len(accounts(out)) >= 3)
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does: all processes get it
     _, err = running.communicate(timeout=60)

@@ -19,6 +19,9 @@ STEPS = 120
 LENGTH = ("stages.0.samples=960", "stages.1.samples=960")
 """60 steps of each stage."""
 SETTINGS = (*LENGTH, "training.log_keys=true", "data.flip=0.5", "data.crop_scale=[0.5,1.0]", "data.color_jitter=0.2")
+# The method's own layers in the usual precision, at a rate for pretrained parts: at a high one, training in fp32 makes
+# the rounding of the first step large within a few.
+FP32 = ("model.vision.frozen_statistics=true", "stages.0.lr=2e-5", "stages.1.lr=2e-5")
 OFTEN = "training.checkpoint_every=4"
 
 
@@ -92,30 +95,21 @@ def test_killed_twenty_times(tiny: Tiny, tmp_path: Path) -> None:
     assert same_bits(weights(run / "model"), weights(tmp_path / "unbroken/model"))
 
 
-def test_one_two_four_and_one_rank_in_turn(tiny: Tiny, tmp_path: Path) -> None:
-    finish(tiny, tmp_path / "unbroken", 1, *FP64)
+@pytest.mark.parametrize(("settings", "most"), [(FP64, 1e-12), (FP32, 1e-6)], ids=["fp64", "fp32"])
+def test_one_two_four_and_one_rank_in_turn(tiny: Tiny, tmp_path: Path, settings: tuple[str, ...], most: float) -> None:
+    finish(tiny, tmp_path / "unbroken", 1, *settings)
     run = tmp_path / "run"
     for count, nodes, kill_after in ((1, 1, 35), (2, 2, 64), (4, 2, 93)):
-        Job(tiny, run, count, *FP64, nodes=nodes).kill_after(kill_after)
-    finish(tiny, run, 1, *FP64)
+        Job(tiny, run, count, *settings, nodes=nodes).kill_after(kill_after)
+    finish(tiny, run, 1, *settings)
     assert keys(run) == keys(tmp_path / "unbroken") and len(keys(run)) == STEPS
     pairs = list(zip(figures(run), figures(tmp_path / "unbroken"), strict=True))
     names = [name for name in pairs[-1][0] if name.startswith("loss")]
-    differences = [abs(ours[n] - theirs[n]) for ours, theirs in pairs for n in names if ours.get(n) is not None]
-    print(f"largest difference of a loss: {max(differences):.2g}")
-    assert max(differences) < 1e-6
+    differences = [abs(ours[n] / theirs[n] - 1) for ours, theirs in pairs for n in names if theirs.get(n)]
+    print(f"largest difference of a loss: {max(differences):.2g} of it")
+    assert max(differences) < most
     assert any(differences), "on several ranks the sums are taken in another order: equal digits would be no such run"
-
-
-def test_what_each_step_sees_is_the_same_on_four_ranks(tiny: Tiny, tmp_path: Path) -> None:
-    """In fp32, with the method's own layers: the same samples, and a first loss that differs by rounding alone."""
-    settings = ("model.vision.frozen_statistics=true", "stages.0.samples=160", "stages.1.samples=160")
-    for ranks in (1, 4):
-        finish(tiny, tmp_path / str(ranks), ranks, *settings)
-    assert keys(tmp_path / "1") == keys(tmp_path / "4") and len(keys(tmp_path / "1")) == 20
-    one, four = figures(tmp_path / "1"), figures(tmp_path / "4")
-    assert four[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
-    assert [line["regions"] for line in four] == [line["regions"] for line in one]
+    assert all(ours["regions"] == theirs["regions"] for ours, theirs in pairs)
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny: Tiny, tmp_path: Path) -> None:
