@@ -53,8 +53,7 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], processes: int)
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process was killed, perhaps for want of memory: what is finished is kept, run the same command again "
-            "with fewer --processes"
+            "a process was killed, perhaps for want of memory: run the same command again with fewer --processes"
         ) from error
     finally:
         stop.set()

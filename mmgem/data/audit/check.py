@@ -10,7 +10,6 @@ Memory: 32 bytes a sample and one shard's figures a process. 256 bytes a sample 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from mmgem.data.audit.findings import KEY_ELSEWHERE, LEFT_OUT, MOST_NAMES, OTHER
 from mmgem.data.audit.page import render_page
 from mmgem.data.audit.report import report, screen
 from mmgem.data.index import read_left_out, write_whole
+from mmgem.data.processes import cpus
 from mmgem.data.samples import DUPLICATE_KEY
 from mmgem.data.store import is_url
 from mmgem.errors import UserError
@@ -59,7 +59,7 @@ def check_data(
     folder = Path(out or Path(location) / "check")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as spool:
-        dataset = Dataset(opened, spool, processes or os.cpu_count() or 1, decode)
+        dataset = Dataset(opened, spool, processes or cpus(), decode)
         numbers = [split.numbers for split in dataset.splits]
         duplicates = Duplicates(dataset.digests_N, dataset.hashes_N2, dataset.thumbs_NC, numbers)
         _note_keys(dataset)

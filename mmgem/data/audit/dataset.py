@@ -10,11 +10,8 @@ from __future__ import annotations
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import repeat
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +22,7 @@ from mmgem.data.audit.findings import Findings
 from mmgem.data.audit.hashes import SIDE
 from mmgem.data.audit.scan import MEASURES, ShardScan, read_sample, scan_shard
 from mmgem.data.index import INDEX_NAME, Index, ShardEntry, read_index, read_members
+from mmgem.data.processes import map_in_order
 from mmgem.data.samples import Sample
 from mmgem.data.store import Store, is_url, open_store
 from mmgem.errors import UserError
@@ -135,17 +133,9 @@ def _join(location: str | Path, name: str) -> str | Path:
 
 def _scans(shards: Sequence[tuple[Split, ShardEntry]], processes: int, decode: bool) -> Iterator[ShardScan]:
     """In the order of the shards."""
-    stores, entries = [split.store for split, _ in shards], [entry for _, entry in shards]
-    processes = min(processes, len(shards))
-    if processes <= 1:
-        yield from map(scan_shard, stores, entries, repeat(decode))
-        return
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
-    try:
-        yield from pool.map(scan_shard, stores, entries, repeat(decode))
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that read shards was killed, most likely for want of memory: give a smaller --processes"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    tasks = [(split.store, entry) for split, entry in shards]
+    return map_in_order(partial(_scan, decode), tasks, min(processes, len(tasks)))
+
+
+def _scan(decode: bool, task: tuple[Store, ShardEntry]) -> ShardScan:
+    return scan_shard(*task, decode)
