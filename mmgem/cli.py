@@ -64,6 +64,14 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         help="of each rank: what the bandwidth is worked out from (default 100)",
     )
     parser.add_argument("--no-data", action="store_true", help="where the data are not: check the rest")
+    parser.add_argument("--gpu", metavar="TYPE", help="e.g. h200, h100, a100, l40s: how long it takes, whether it fits")
+    parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="of its peak that is reached (0.4)")
+    parser.add_argument(
+        "--text-tokens", type=int, metavar="N", help="of an average text (default 16, or model.max_tokens if less)"
+    )
+    parser.add_argument(
+        "--network-gbit", type=float, metavar="R", help="from a GPU to other machines (default: usual for its type)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
 
 
@@ -75,9 +83,21 @@ def run_check(args: Arguments) -> int:
 
     machines = Machines(args.nodes, args.gpus_per_node)
     print(data_plan(config, machines, args.samples_per_second, look=not args.no_data), flush=True)
-    from mmgem.training.check import check
+    from mmgem.training.check import Assumptions, DataCounts, check
 
-    print(check(config))
+    text_tokens = min(16, config.model.max_tokens) if args.text_tokens is None else args.text_tokens
+    network = None if args.network_gbit is None else args.network_gbit * 1e9 / 8
+    counts = None
+    if not args.no_data:
+        from mmgem.data.sources import open_training_data
+
+        splits = open_training_data(config.data).splits
+        totals = [sum(split.totals[name] for split in splits) for name in ("captions", "regions")]
+        counts = DataCounts(sum(map(len, splits)), *totals)
+    report = check(config, machines, Assumptions(args.gpu, args.mfu, text_tokens, network), counts)
+    print(report.text, flush=True)
+    if report.refusal:
+        raise UserError(report.refusal)
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import field
@@ -100,6 +101,10 @@ class ModelConfig:
     """Share of the input words of both streams hidden in training (their embedding zeroed)."""
     max_tokens: int = 64
     """Limit of a text's own tokens; longer ones are cut (before [EMB]) and counted."""
+    init_logit_scale: float = math.log(1 / 0.07)
+    """Natural logarithm of the first factor on cosines; for the sigmoid loss ln 10 is usual (2.3026)."""
+    init_logit_bias: float | None = None
+    """First value of the sigmoid loss's bias, -10 is usual; null: there is none, as InfoNCE needs none."""
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -149,6 +154,8 @@ class DataConfig:
 
 @dataclass(config=_STRICT, kw_only=True)
 class LossConfig:
+    kind: Literal["infonce", "sigmoid"] = "infonce"
+    """Of `emb` and `region_emb`. sigmoid: SigLIP's, for which `model.init_logit_bias` is to be set."""
     emb: float = 1.0
     gen: float = 1.0
     region_emb: float = 1.0
@@ -165,6 +172,10 @@ class StageConfig:
     epochs: float | None = None
     """In sizes of the training data, all sources together."""
     global_batch: int = 64
+    """Samples a step, over all ranks: what the result depends on."""
+    micro_batch: int | None = None
+    """At most so many samples at a time on a rank: what has to fit in memory. The contrastive loss is still that of the
+    whole global_batch (GradCache), for one more forward of tower and texts. Null: a rank's whole share at once."""
     captions_per_image: int = 1
     max_regions: int = 0
     """0: pairs only. Else at most so many boxes an image, with their phrases, beside the pairs."""
@@ -200,6 +211,20 @@ class TrainingConfig:
     to tell a difference in what is computed from one of rounding."""
     threads: int | None = None
     """CPU threads; null: torch's choice."""
+    strategy: Literal["auto", "ddp", "deepspeed_1", "deepspeed_2", "deepspeed_3", "fsdp2"] = "auto"
+    """What the ranks hold of the optimizer (ZeRO 1), gradients (2) and parameters (3). auto: deepspeed_1 on several
+    GPUs, ddp on several CPU ranks, and neither on one rank."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """DeepSpeed: what is kept in the machine's memory instead of the GPU's. parameters (deepspeed_3): the optimizer,
+    too."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed's own settings, e.g. {zero_optimization: {reduce_bucket_size: 5.0e+8}}; they go before ours."""
+    caption_kernel: Literal["torch", "liger", "cce"] = "torch"
+    """What computes the caption loss. liger, cce: a fused kernel on GPUs, to be installed beside mmgem."""
+    late_after: float = 120.0
+    """Seconds after which a rank that does not come to its next step is named, with what it was to read."""
+    stop_after: float = 1800.0
+    """Seconds after which the others stop waiting for it, and the run stops with an error."""
     sample_every: int = 500
     """Steps between samples of captions in the log; 0: none."""
     log_keys: bool = False
@@ -207,6 +232,9 @@ class TrainingConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; one is also made at each stage's end and when the run is stopped."""
     keep_checkpoints: int = 1
+    """The newest so many are kept."""
+    keep_best: bool = False
+    """Keep also the one before which the loss was lowest, as a mean over the steps since the one before it."""
     tensorboard: bool = False
     wandb_project: str | None = None
 

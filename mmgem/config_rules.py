@@ -39,6 +39,8 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _data(config.data, config.model.max_tokens)
     yield from _training(config.training)
     for number, stage in enumerate(config.stages):
+        if stage.loss.kind == "sigmoid" and config.model.init_logit_bias is None:
+            yield f"stages.{number} ({stage.name}): loss.kind=sigmoid needs model.init_logit_bias, e.g. -10"
         for message in (*_stage(stage), *_pictures(stage, config.model.vision), *_loss(stage.loss, stage.max_regions)):
             yield f"stages.{number} ({stage.name}): {message}"
 
@@ -71,6 +73,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
             yield f"model.{name} must be at least 0 and below 1"
     yield from _of(
         (not 0 < model.h1_init <= 1, "model.h1_init must be above 0 and at most 1"),
+        (model.init_logit_scale > math.log(100), "model.init_logit_scale must be at most ln 100 = 4.6052"),
         (llm.average_init < 0, "model.llm.average_init must be 0 (off) or more"),
         (llm.embedding_init is not None and llm.embedding_init <= 0, "model.llm.embedding_init must be above 0"),
         (
@@ -118,6 +121,23 @@ def _training(training: TrainingConfig) -> Iterator[str]:
     yield from _of(
         (training.sample_every < 0, "training.sample_every must be 0 (none) or more"),
         (training.threads is not None and training.threads < 1, "training.threads must be at least 1, or null"),
+        (not 0 < training.late_after <= training.stop_after, "training.late_after must be above 0, up to stop_after"),
+        (
+            training.offload == "parameters" and training.strategy != "deepspeed_3",
+            "training.offload=parameters needs strategy=deepspeed_3",
+        ),
+        (
+            training.offload == "optimizer" and not training.strategy.startswith("deepspeed"),
+            "training.offload=optimizer needs a strategy of DeepSpeed, e.g. deepspeed_2",
+        ),
+        (
+            training.deepspeed and not training.strategy.startswith("deepspeed"),
+            "training.deepspeed is for strategies of DeepSpeed, e.g. deepspeed_1",
+        ),
+        (
+            training.precision == "64" and training.strategy.startswith("deepspeed"),
+            "training.precision=64: DeepSpeed keeps no fp64; set strategy to ddp",
+        ),
     )
 
 
@@ -148,6 +168,7 @@ def _stage(stage: StageConfig) -> Iterator[str]:
         (min(lengths, default=1) <= 0, "a stage's length must be above 0"),
         (stage.global_batch < 2, "global_batch must be at least 2, a contrastive loss needs negatives"),
         (stage.max_regions < 0, "max_regions must be 0 or more"),
+        (stage.micro_batch is not None and stage.micro_batch < 1, "micro_batch must be at least 1, or null"),
         (
             stage.written_regions is not None and not 1 <= stage.written_regions <= stage.max_regions,
             "written_regions must be from 1 to max_regions, or null",

@@ -70,6 +70,8 @@ class Batch:
     """Equal for phrases that evaluation takes for the same, too (`normalise_phrase`)."""
     texts_cut: int
     broken: list[Broken]
+    embedded_texts: PackedTexts | None = None
+    """The embedding streams alone, where vectors are computed once before the rest."""
 
     @property
     def captions(self) -> int:
@@ -83,11 +85,37 @@ class Batch:
         return Batch(**moved)
 
 
+class Share:
+    """A rank's part of one step: at least one micro-batch.
+
+    No dataclass: Lightning would look for tensors in one, and cast or move them.
+    """
+
+    def __init__(self, micros: list[Batch]):
+        self.micros = micros
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for batch in self.micros for key in batch.keys]
+
+    @property
+    def broken(self) -> list[Broken]:
+        return [one for batch in self.micros for one in batch.broken]
+
+    @property
+    def texts_cut(self) -> int:
+        return sum(batch.texts_cut for batch in self.micros)
+
+    @property
+    def regions(self) -> int:
+        return sum(len(batch.boxes_R4) for batch in self.micros)
+
+
 class Collate:
     """Items -> Batch. Which streams are packed (a loss of weight 0 needs none):
 
     `embed`: the embedding streams. `write_captions`: the captions' caption streams. `write_phrases`: those of at most
-    so many phrases of each image, the first ones.
+    so many phrases of each image, the first ones. `embed_first`: the embedding streams also alone.
     """
 
     def __init__(
@@ -97,12 +125,14 @@ class Collate:
         embed: bool = True,
         write_captions: bool = True,
         write_phrases: int = sys.maxsize,
+        embed_first: bool = False,
     ):
         self.codec = codec
         self.row_tokens = row_tokens
         self.embed = embed
         self.write_captions = write_captions
         self.write_phrases = write_phrases
+        self.embed_first = embed_first
 
     def __call__(self, items: Sequence[Item | Broken]) -> Batch:
         broken = [i for i in items if isinstance(i, Broken)]
@@ -116,6 +146,9 @@ class Collate:
         ids, cut = self.codec.encode(captions + phrases)
         write = [self.write_captions] * len(captions)
         write += [number < self.write_phrases for item in good for number in range(len(item.phrases))]
+        alone = None
+        if self.embed_first:
+            alone = pack_texts(ids, self.codec, self.row_tokens, embed=self.embed, write=[False] * len(ids))
         return Batch(
             keys=[item.key for item in good],
             pictures=_stack([item.picture for item in good]),
@@ -130,6 +163,7 @@ class Collate:
             phrase_text_R=_long([stable_id("text", normalise_phrase(p)) for p in phrases]),
             texts_cut=sum(cut),
             broken=broken,
+            embedded_texts=alone,
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import lightning as L
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmgem.config import DataConfig, StageConfig
-from mmgem.data.batch import Batch, Broken, Collate, Item
+from mmgem.data.batch import Batch, Broken, Collate, Item, Share
 from mmgem.data.order import Order, draws
 from mmgem.data.plan import refuse_missing_regions, stage_steps
 from mmgem.data.samples import OpenedPicture, SampleError
@@ -149,19 +150,52 @@ def _choose(items: Any, count: int, rng: np.random.Generator) -> list[Any]:
 
 
 class StageSampler(Sampler[list[int]]):
-    """A rank's positions of each step from `start` on. Its length is the whole stage's, so that a resumed run counts
-    its steps from the stage's beginning."""
+    """A rank's positions of each step from `start` on, a micro-batch at a time."""
 
-    def __init__(self, order: Order, start: int, steps: int, global_batch: int, rank: int = 0, ranks: int = 1):
+    def __init__(
+        self,
+        order: Order,
+        start: int,
+        steps: int,
+        global_batch: int,
+        rank: int = 0,
+        ranks: int = 1,
+        micro_batch: int | None = None,
+    ):
         self.order, self.start, self.steps, self.global_batch = order, start, steps, global_batch
         self.rank, self.ranks = rank, ranks
+        self.share = global_batch // ranks
+        self.micro_batch = min(micro_batch or self.share, self.share)
+
+    @property
+    def micros(self) -> int:
+        """Micro-batches a step; the last may be smaller."""
+        return -(-self.share // self.micro_batch)
+
+    def __len__(self) -> int:
+        return (self.steps - self.start // self.global_batch) * self.micros
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start // self.global_batch, self.steps):
+            share = self.order.step(step, self.global_batch, self.rank, self.ranks).tolist()
+            for start in range(0, self.share, self.micro_batch):
+                yield share[start : start + self.micro_batch]
+
+
+class Shares:
+    """What Lightning iterates over: a rank's share of each step. Its length is the whole stage's, so that a resumed run
+    counts its steps from the stage's beginning."""
+
+    def __init__(self, loader: DataLoader[Batch], steps: int, micros: int):
+        self.loader, self.steps, self.micros = loader, steps, micros
 
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start // self.global_batch, self.steps):
-            yield self.order.step(step, self.global_batch, self.rank, self.ranks).tolist()
+    def __iter__(self) -> Iterator[Share]:
+        batches = iter(self.loader)
+        while share := list(islice(batches, self.micros)):
+            yield Share(share)
 
 
 class StageData(L.LightningDataModule):
@@ -195,21 +229,40 @@ class StageData(L.LightningDataModule):
         self.data, self.stage, self.rank, self.ranks = data, stage, rank, ranks
         self.steps = stage_steps(stage, len(dataset))
         self.samples_consumed = 0
+        self.collate.embed_first = self.micros > 1
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(
+    @property
+    def micros(self) -> int:
+        """Micro-batches a step."""
+        return self._sampler().micros
+
+    def _sampler(self) -> StageSampler:
+        stage = self.stage
+        return StageSampler(
+            self.reader.order,
+            self.samples_consumed,
+            self.steps,
+            stage.global_batch,
+            self.rank,
+            self.ranks,
+            stage.micro_batch,
+        )
+
+    def train_dataloader(self) -> Shares:
+        sampler = self._sampler()
+        loader = DataLoader(
             self.reader,
-            batch_sampler=StageSampler(
-                self.reader.order, self.samples_consumed, self.steps, self.stage.global_batch, self.rank, self.ranks
-            ),
+            batch_sampler=sampler,
             collate_fn=self.collate,
             num_workers=self.data.workers,
             worker_init_fn=leave_signals_to_parent,
             persistent_workers=False,
         )
+        return Shares(loader, self.steps, sampler.micros)
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device)
+    def transfer_batch_to_device(self, batch: Share, device: torch.device, dataloader_idx: int) -> Share:
+        """The step itself brings over one micro-batch at a time: what there is room for."""
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples_consumed": self.samples_consumed}

@@ -1,73 +1,172 @@
-"""InfoNCE with several positives.
+"""InfoNCE and the sigmoid loss over the global batch, exact, in tiles.
 
 Receives un-normalised vectors of two sides and ids that say which belong together, of this rank. Gives the loss over
 those of all ranks. Refuses nothing.
+
+Of the two sides only the texts are sent: each rank scores its own rows against the texts of all, a tile of rows at a
+time, and again in the backward pass. So the scores never exist as a whole, and a rank needs memory for the texts'
+vectors and a tile. Gradients follow the convention of DistributedDataParallel and ZeRO, which average those of the ranks: each
+rank gives its rows' part of the gradient of the one global loss, times the number of ranks.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmgem.losses.gather import gather_rows
+from mmgem.losses.gather import gather_rows, max_over_ranks, ranks, sum_over_ranks, sum_own_rows
+from mmgem.losses.pairs import Pairs, find_pairs
 from mmgem.precision import at_least_fp32
+
+TILE = 1 << 22
+"""Scores at a time."""
 
 
 def contrastive_loss(
-    x_NE: Tensor, owner_N: Tensor, text_ME: Tensor, text_owner_M: Tensor, text_M: Tensor, logit_scale: Tensor
+    x_NE: Tensor,
+    owner_N: Tensor,
+    text_ME: Tensor,
+    text_owner_M: Tensor,
+    text_M: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+    kind: str = "infonce",
 ) -> Tensor:
-    """InfoNCE between images (or boxes) x and texts, each distinct text once.
+    """The loss between images (or boxes) x and texts, over all ranks; the same number on each. The ids are those of
+    `find_pairs`, and so is the way to add hard negatives, texts or images. Ranks may have different numbers of both.
 
-    The ids are those of `positives`. Every rank computes the loss of the whole global batch. A text said of many images
-    or boxes is one query and one negative: otherwise the most frequent phrases fill the loss, and are pushed away from
-    each other box as often as they occur.
-    """
-    x_NE, text_ME = gather_rows(x_NE), gather_rows(text_ME)
-    owner_N, text_owner_M, text_M = gather_rows(owner_N), gather_rows(text_owner_M), gather_rows(text_M)
-    first = first_of_each(text_M)
-    return info_nce(x_NE, text_ME[first], positives(owner_N, text_owner_M, text_M)[:, first], logit_scale)
+    infonce: x→text plus text→x (a sum, as in MM-GEM), each the mean over its queries. A query's positives p are
+    averaged; each stands against the negatives alone, never against another positive:
 
+        L_i = mean_p −log( exp(s_ip) / (exp(s_ip) + Σ_{j negative} exp(s_ij)) ),   s = exp(logit_scale) · cos(x, text)
 
-def positives(owner_N: Tensor, text_owner_M: Tensor, text_M: Tensor) -> Tensor:
-    """N x M bool: true where the text, or an equal one, was given to x's owner.
+    With one positive a query this is InfoNCE (van den Oord et al. 2018) as CLIP has it.
 
-    owner_N: what each x is (its image, or its entity). text_owner_M: whom each text was given to. text_M: equal for
-    equal texts. So two captions of one image, and one phrase of two boxes, are never each other's negatives.
-    """
-    own_NM = owner_N[:, None] == text_owner_M[None, :]
-    same_MM = text_M[:, None] == text_M[None, :]
-    return (own_NM.float() @ same_MM.float()) > 0
+    sigmoid: SigLIP's (Zhai et al. 2023): each pair of the global batch is a decision of its own,
 
+        L = −1/N Σ_ij log σ(± (s_ij + logit_bias)),   + for positives; N: rows with a positive.
 
-def first_of_each(text_M: Tensor) -> Tensor:
-    """Where each distinct text first stands, in ascending order."""
-    _, number_M = text_M.unique(return_inverse=True)
-    place_M = torch.arange(len(text_M), device=text_M.device)
-    first = torch.full_like(place_M, len(text_M)).scatter_reduce(0, number_M, place_M, "amin")
-    return place_M[first[number_M] == place_M]
-
-
-def info_nce(x_NE: Tensor, y_ME: Tensor, positive_NM: Tensor, logit_scale: Tensor) -> Tensor:
-    """x→y plus y→x (a sum, as in MM-GEM), each the mean over its queries, in fp32.
-
-    A query's positives p are averaged; each stands against the negatives alone, never against another positive:
-
-        L_i = mean_p −log( exp(s_ip) / (exp(s_ip) + Σ_{j negative} exp(s_ij)) ),   s = exp(logit_scale) · cos(x, y)
-
-    With one positive a query this is InfoNCE (van den Oord et al. 2018) as CLIP has it. Queries without a positive do
-    not count; without any, the loss is 0.
+    Without any positive the loss is 0.
     """
     with torch.autocast(x_NE.device.type, enabled=False):
-        x_NE, y_ME = F.normalize(at_least_fp32(x_NE), dim=-1), F.normalize(at_least_fp32(y_ME), dim=-1)
-        score_NM = at_least_fp32(logit_scale).exp() * x_NE @ y_ME.T
-        return _one_way(score_NM, positive_NM) + _one_way(score_NM.T, positive_NM.T)
+        pairs = find_pairs(owner_N, text_owner_M, text_M)
+        x_NE, y_mE = F.normalize(at_least_fp32(x_NE), dim=-1), F.normalize(at_least_fp32(text_ME[pairs.kept_m]), dim=-1)
+        scale = at_least_fp32(logit_scale).exp()
+        if kind == "infonce":
+            return _InfoNCE.apply(x_NE, y_mE, scale, pairs)
+        bias = scale.new_zeros(()) if logit_bias is None else at_least_fp32(logit_bias)
+        return _Sigmoid.apply(x_NE, y_mE, scale, bias, pairs)
 
 
-def _one_way(score_NM: Tensor, positive_NM: Tensor) -> Tensor:
-    negatives_N1 = score_NM.masked_fill(positive_NM, torch.finfo(score_NM.dtype).min).logsumexp(dim=1, keepdim=True)
-    # −log(e^s / (e^s + e^neg)) = softplus(neg − s)
-    loss_NM = F.softplus(negatives_N1 - score_NM) * positive_NM
-    count_N = positive_NM.sum(dim=1)
-    loss_N = loss_NM.sum(dim=1) / count_N.clamp(min=1)
-    return loss_N.sum() / (count_N > 0).sum().clamp(min=1)
+class _Tiles:
+    """The scores of this rank's rows and all texts, a tile of rows at a time."""
+
+    def __init__(self, x_NE: Tensor, y_UE: Tensor, scale: Tensor, pairs: Pairs):
+        self.x_NE, self.y_UE, self.scale, self.pairs = x_NE, y_UE, scale, pairs
+        self.rows = max(1, TILE // max(len(y_UE), 1))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, tuple[Tensor, Tensor], slice]]:
+        """Rows, their scores, where in them the positives stand, and which pairs those are."""
+        starts = range(0, len(self.x_NE), self.rows)
+        bounds = torch.searchsorted(
+            self.pairs.row_P, torch.tensor([*starts, len(self.x_NE)], device=self.x_NE.device)
+        ).tolist()
+        for number, start in enumerate(starts):
+            rows, chosen = slice(start, start + self.rows), slice(bounds[number], bounds[number + 1])
+            positive = self.pairs.row_P[chosen] - start, self.pairs.column_P[chosen]
+            yield rows, (self.scale * self.x_NE[rows]) @ self.y_UE.T, positive, chosen
+
+    def gradients(self, gradient_of: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """From the gradient of each tile's scores: of x, of all texts (this rank's term), of scale, and its sum."""
+        dx_NE, dy_UE = torch.zeros_like(self.x_NE), torch.zeros_like(self.y_UE)
+        total = self.scale.new_zeros(())
+        for rows, score_CU, positive, chosen in self:
+            d_CU = gradient_of(rows, score_CU, positive, chosen)
+            dx_NE[rows] = d_CU @ self.y_UE
+            dy_UE.addmm_(d_CU.T, self.x_NE[rows])
+            total += d_CU.sum()
+        dscale = (dx_NE * self.x_NE).sum()
+        return dx_NE * self.scale, dy_UE * self.scale, dscale, total
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NE: Tensor, y_mE: Tensor, scale: Tensor, pairs: Pairs) -> Tensor:
+        y_UE = gather_rows(y_mE, pairs.counts)
+        lowest = torch.finfo(x_NE.dtype).min
+        negatives_N = x_NE.new_full((len(x_NE),), -torch.inf)
+        most_U, sum_U = x_NE.new_full((len(y_UE),), lowest), x_NE.new_zeros(len(y_UE))
+        positive_P = x_NE.new_empty(len(pairs.row_P))
+        for rows, score_CU, positive, chosen in _Tiles(x_NE, y_UE, scale, pairs):
+            positive_P[chosen] = score_CU[positive]
+            score_CU[positive] = -torch.inf
+            negatives_N[rows] = score_CU.logsumexp(dim=1)
+            before_U, most_U = most_U, torch.maximum(most_U, score_CU.amax(dim=0))
+            sum_U = sum_U * (before_U - most_U).exp() + score_CU.sub_(most_U).exp_().sum(dim=0)
+        most, own_most = max_over_ranks(most_U), most_U
+        negatives_U = most + sum_over_ranks(sum_U * (own_most - most).exp()).log()
+
+        # −log(e^s / (e^s + e^neg)) = softplus(neg − s); its gradient by neg is σ(neg − s).
+        share_P = 1 / (pairs.positives_N[pairs.row_P] * max(pairs.rows, 1)).to(x_NE.dtype)
+        text_share_P = 1 / (pairs.positives_U[pairs.column_P] * max(pairs.texts, 1)).to(x_NE.dtype)
+        over_P, text_over_P = negatives_N[pairs.row_P] - positive_P, negatives_U[pairs.column_P] - positive_P
+        loss = (F.softplus(over_P) * share_P).sum() + (F.softplus(text_over_P) * text_share_P).sum()
+        pull_P, text_pull_P = over_P.sigmoid() * share_P, text_over_P.sigmoid() * text_share_P
+        weight_N = torch.zeros_like(negatives_N).index_add_(0, pairs.row_P, pull_P)
+        weight_U = torch.zeros_like(negatives_U).index_add_(0, pairs.column_P, text_pull_P)
+        weight_U, loss_1 = sum_over_ranks(torch.cat([weight_U, loss[None]])).split([len(y_UE), 1])
+
+        # d score = weight · exp(score − negatives), as one exponential; −inf where there is nothing to weigh.
+        shift_N = torch.where(weight_N > 0, weight_N.log() - negatives_N, -torch.inf)
+        shift_U = torch.where(weight_U > 0, weight_U.log() - negatives_U, -torch.inf)
+        ctx.save_for_backward(x_NE, y_UE, scale, shift_N, shift_U, -(pull_P + text_pull_P))
+        ctx.pairs = pairs
+        return loss_1[0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x_NE, y_UE, scale, shift_N, shift_U, d_P = ctx.saved_tensors
+
+        def gradient_of(rows: slice, score_CU: Tensor, positive: tuple[Tensor, Tensor], chosen: slice) -> Tensor:
+            d_CU = (score_CU + shift_U).exp_()
+            d_CU += score_CU.add_(shift_N[rows, None]).exp_()
+            d_CU[positive] = d_P[chosen]
+            return d_CU
+
+        with torch.autocast(x_NE.device.type, enabled=False):
+            dx_NE, dy_UE, dscale, _ = _Tiles(x_NE, y_UE, scale, ctx.pairs).gradients(gradient_of)
+            factor = gradients[0] * ranks()
+            return dx_NE * factor, sum_own_rows(dy_UE, ctx.pairs.counts) * factor, dscale * factor, None
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NE: Tensor, y_mE: Tensor, scale: Tensor, bias: Tensor, pairs: Pairs) -> Tensor:
+        y_UE = gather_rows(y_mE, pairs.counts)
+        loss = x_NE.new_zeros(())
+        for _, score_CU, positive, _ in _Tiles(x_NE, y_UE, scale, pairs):
+            score_CU += bias
+            score_CU[positive] *= -1
+            loss += F.softplus(score_CU).sum() / max(pairs.rows, 1)
+        ctx.save_for_backward(x_NE, y_UE, scale, bias)
+        ctx.pairs = pairs
+        return sum_over_ranks(loss * (pairs.rows > 0))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x_NE, y_UE, scale, bias = ctx.saved_tensors
+        pairs: Pairs = ctx.pairs
+
+        def gradient_of(rows: slice, score_CU: Tensor, positive: tuple[Tensor, Tensor], chosen: slice) -> Tensor:
+            d_CU = score_CU.add_(bias).sigmoid_()
+            d_CU[positive] -= 1
+            return d_CU
+
+        with torch.autocast(x_NE.device.type, enabled=False):
+            dx_NE, dy_UE, dscale, dbias = _Tiles(x_NE, y_UE, scale, pairs).gradients(gradient_of)
+            factor = gradients[0] * ranks() * (pairs.rows > 0) / max(pairs.rows, 1)
+            return dx_NE * factor, sum_own_rows(dy_UE, pairs.counts) * factor, dscale * factor, dbias * factor, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,41 @@ _OLDER_NAMES = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_p
 """Settings that transformers takes by these names and keeps under others."""
 
 
+HeadFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class OutputHead(nn.Linear):
+    """An LM's output head that can also do something else than logits with its weights."""
+
+    @staticmethod
+    def of(head: Any) -> OutputHead:
+        """The same weights, shared with the input embeddings where they were. Raises UserError for an unusual head."""
+        if type(head) is not nn.Linear:
+            raise UserError(f"model.llm: its output head is a {type(head).__name__}; choose an LLM with a linear one")
+        ours = OutputHead(head.in_features, head.out_features, head.bias is not None, device="meta")
+        ours.weight, ours.bias = head.weight, head.bias
+        return ours
+
+    def forward(self, input: Tensor, function: HeadFunction | None = None) -> Tensor:
+        # Within the head's own forward: only there, and in its backward, are the weights whole where ZeRO shares them
+        # out among the ranks.
+        return super().forward(input) if function is None else function(input, self.weight, self.bias)
+
+
+class AddedRows(nn.Module):
+    """The input rows of [EMB] and [CAP]. A module of their own: ZeRO 3 gathers a module's weights while it runs."""
+
+    def __init__(self, rows_2D: Tensor, emb_id: int, cap_id: int):
+        super().__init__()
+        self.rows_2D = nn.Parameter(rows_2D)
+        self.emb_id, self.cap_id = emb_id, cap_id
+
+    def forward(self, ids: Tensor, embedded: Tensor) -> Tensor:
+        rows_2D = self.rows_2D.to(embedded.dtype)
+        embedded = torch.where((ids == self.emb_id)[..., None], rows_2D[0], embedded)
+        return torch.where((ids == self.cap_id)[..., None], rows_2D[1], embedded)
+
+
 class LanguageModel(nn.Module):
     """A causal LM with two added input rows, for [EMB] and [CAP].
 
@@ -36,13 +72,14 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LlmConfig, codec: TextCodec, load_weights: bool = True):
         super().__init__()
         self.hf = create_llm(config, codec, load_weights)
+        self.hf.set_output_embeddings(OutputHead.of(self.hf.get_output_embeddings()))
         self.emb_id, self.cap_id = codec.emb_id, codec.cap_id
         self.width = int(self.hf.get_input_embeddings().embedding_dim)
         table = self.hf.get_input_embeddings().weight
         std = 0.02 if table.is_meta else float(table.detach().float().std())
-        self.added_2D = nn.Parameter(torch.randn(2, self.width) * std)
+        self.added = AddedRows(torch.randn(2, self.width) * std, self.emb_id, self.cap_id)
         if config.average_init and load_weights:
-            nn.init.zeros_(self.added_2D[0])  # so that [EMB]'s state begins as the average alone
+            nn.init.zeros_(self.added.rows_2D[0])  # so that [EMB]'s state begins as the average alone
         positions = getattr(self.hf.config, "max_position_embeddings", None)
         if positions is not None and positions < codec.max_tokens + 3:
             raise UserError(
@@ -57,11 +94,8 @@ class LanguageModel(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids of any shape -> the same shape x D."""
-        is_emb, is_cap = ids == self.emb_id, ids == self.cap_id
-        embedded = self.hf.get_input_embeddings()(ids.masked_fill(is_emb | is_cap, 0))
-        added_2D = self.added_2D.to(embedded.dtype)
-        embedded = torch.where(is_emb[..., None], added_2D[0], embedded)
-        return torch.where(is_cap[..., None], added_2D[1], embedded)
+        known = ids.masked_fill((ids == self.emb_id) | (ids == self.cap_id), 0)
+        return self.added(ids, self.hf.get_input_embeddings()(known))
 
     def forward(self, embedded_nLD: Tensor, segment_nL: Tensor, position_nL: Tensor) -> Tensor:
         """Packed rows -> hidden states n x L x D after the last norm.
@@ -78,8 +112,15 @@ class LanguageModel(nn.Module):
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Hidden states at the wanted positions -> N x vocabulary."""
         logits = self.hf.get_output_embeddings()(hidden_ND)
-        cap = getattr(self.hf.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    @property
+    def softcap(self) -> float | None:
+        return getattr(self.hf.config, "final_logit_softcapping", None)
+
+    def with_head(self, hidden_ND: Tensor, function: HeadFunction) -> Tensor:
+        """function(hidden_ND, weight_VD, bias_V) of the output head, for what is to be had without the logits."""
+        return self.hf.get_output_embeddings()(hidden_ND, function)
 
     @torch.no_grad()
     def generate(self, embedded_BLD: Tensor, eos_id: int, pad_id: int, **options: Any) -> Tensor:
@@ -113,7 +154,7 @@ class LanguageModel(nn.Module):
         parameter = next(self.hf.parameters())
         generator = torch.Generator().manual_seed(0)
         rows_1LD = torch.randn(1, 9, self.width, generator=generator).to(parameter.device, parameter.dtype)
-        rows_1LD = rows_1LD * self.added_2D.std().to(parameter.dtype)
+        rows_1LD = rows_1LD * self.added.rows_2D.std().to(parameter.dtype)
         segment_1L = torch.tensor([[0] * 4 + [1] * 5], device=parameter.device)
         position_1L = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=parameter.device)
         name = self.hf.config.model_type

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +35,11 @@ MAX_LOGIT_SCALE = math.log(100)
 Boxes = Sequence[Sequence[float]]
 
 
-@dataclass(slots=True)
-class Output:
-    """What one training forward gives. M texts: first those of images, then the phrases of regions."""
+class Output(NamedTuple):
+    """What one training forward gives. M texts: first those of images, then the phrases of regions.
+
+    A tuple, since DeepSpeed's ZeRO 3 looks for tensors in those, to gather parameters before their backward.
+    """
 
     v_BE: Tensor
     r_RE: Tensor
@@ -67,7 +68,10 @@ class MMGem(nn.Module):
         self.h3 = nn.Linear(E, D)
         self.register_buffer("map_mean_C", torch.zeros(C))
         self.register_buffer("map_std_C", torch.ones(C))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        self.logit_bias = None
+        if config.init_logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
         self.preprocess = self.vision.preprocess()
         for module, share in ((self.h1, config.h1_init), (self.h2, 1.0), (self.h3, 1.0)):
             nn.init.normal_(module.weight, std=share * module.in_features**-0.5)
@@ -125,12 +129,22 @@ class MMGem(nn.Module):
             kept_W = torch.rand(len(texts.word_index_W), device=flat_ND.device) >= self.config.token_dropout
             kept_N = torch.ones(len(flat_ND), device=flat_ND.device, dtype=flat_ND.dtype)
             flat_ND = flat_ND * kept_N.index_put((texts.word_index_W,), kept_W.to(flat_ND.dtype))[:, None]
-        if len(texts.written_K):
-            visual_KD = self.h3(self._head_dropout(torch.cat([v_BE, r_RE]))[text_vector_M[texts.written_K]])
-            flat_ND = flat_ND.index_put((texts.visual_index_K,), visual_KD.to(flat_ND.dtype))
+        # Also without a text to write: each rank's and micro-batch's graph holds the same parameters, as ZeRO wants it.
+        visual_KD = self.h3(self._head_dropout(torch.cat([v_BE, r_RE]))[text_vector_M[texts.written_K]])
+        flat_ND = flat_ND.index_put((texts.visual_index_K,), visual_KD.to(flat_ND.dtype))
         hidden_ND = self.language(flat_ND.view_as(embedded_nLD), texts.segment_nL, texts.position_nL).flatten(0, 1)
         t_ME = self.h2(self._head_dropout(hidden_ND[texts.emb_index_M]))
         return Output(v_BE, r_RE, t_ME, hidden_ND[texts.label_index_T])
+
+    def text_draws(self) -> bool:
+        """Whether the texts' vectors draw random numbers in training: they then depend on what else is packed."""
+        if self.config.token_dropout or self.config.head_dropout:
+            return True
+        modules = self.language.modules()
+        settings = self.language.hf.config.to_dict().items()
+        return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in modules) or any(
+            "drop" in name and isinstance(value, float) and value > 0 for name, value in settings
+        )
 
     def clamp_logit_scale(self) -> None:
         with torch.no_grad():

@@ -12,21 +12,25 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 import lightning as L
 from PIL import Image
 
 from mmgem.config import Config, to_tree
-from mmgem.data.batch import Batch
+from mmgem.data.batch import Share
 from mmgem.data.datamodule import StageData
 from mmgem.errors import UserError
 from mmgem.model.pretrained import config_json
 from mmgem.progress import Progress
-from mmgem.training.checkpoint import RunFolder, RunState, append_line, state_tree
-from mmgem.training.module import StageModule
+from mmgem.training.checkpoint import RunFolder, append_line
+from mmgem.training.frozen import Records
+from mmgem.training.module import NotFinite, StageModule
 from mmgem.training.ranks import Ranks
+from mmgem.training.saved import RunState, run_state_tree
 from mmgem.training.signals import SIGNALS, stop_at_once, stop_if_asked
+from mmgem.training.strategy import save, whole_buffers
 
 FIRST_LINE = 10
 """The step after which a log without a terminal gets its first line; later ones come by time."""
@@ -49,7 +53,7 @@ class BrokenSamples(L.Callback):
         self.in_step = 0
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Share, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, StageModule)
         self.in_step = 0
@@ -102,10 +106,10 @@ class StepLog(L.Callback):
         self.clock = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Share, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, StageModule)
-        texts_cut, regions = (int(n) for n in self.ranks.sums(batch.texts_cut, len(batch.boxes_R4)))
+        texts_cut, regions = (int(n) for n in self.ranks.sums(batch.texts_cut, batch.regions))
         step = batch_idx + 1
         if self.keys:
             keys = self.ranks.lists(batch.keys)
@@ -154,15 +158,23 @@ class StepLog(L.Callback):
 
 
 class Checkpoints(L.Callback):
-    """Every so many steps, at the end, and when asked to stop: Ctrl-C and SIGTERM finish the step, save, and leave."""
+    """Every so many steps, at the end, and when asked to stop: Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and
+    leave. A step whose loss is not finite has moved nothing yet: what was there before it is saved, too."""
 
-    def __init__(self, folder: RunFolder, config: Config, steps_before: int, ranks: Ranks):
+    def __init__(
+        self, folder: RunFolder, config: Config, steps_before: int, ranks: Ranks, strategy: str, frozen: Records
+    ):
+        """strategy: resolved. frozen: what is not saved, but has its origin elsewhere."""
         self.folder, self.config, self.steps_before, self.ranks = folder, config, steps_before, ranks
+        self.strategy, self.frozen = strategy, frozen
         self.signal: int | None = None
         self.handlers: dict[signal.Signals, Any] = {}
+        self.losses: list[float] = []
+        self.saved_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.handlers = {s: signal.signal(s, self._asked_to_stop) for s in SIGNALS}
+        self.saved_step = trainer.global_step
         stop_if_asked()
 
     def _asked_to_stop(self, number: int, frame: Any) -> None:
@@ -174,21 +186,35 @@ class Checkpoints(L.Callback):
         )
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint |= self._content(trainer, pl_module)
+        elsewhere = {f"model.{name}" for record in self.frozen for name in record["names"]}
+        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n not in elsewhere}
+
+    def _content(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """What `read_checkpoint` wants of a checkpoint, beside the weights."""
         assert isinstance(pl_module, StageModule)
         samples = trainer.global_step * pl_module.stage.global_batch
-        checkpoint["run_state"] = state_tree(RunState(pl_module.stage_number, samples))
-        checkpoint["settings"], checkpoint["data"] = to_tree(self.config), self.folder.data_checksums
-        # What the LLM's and the tower's sources said beside their weights, which a resumed run does not read again.
-        checkpoint["architecture"] = config_json(pl_module.model)
+        return {
+            "run_state": run_state_tree(RunState(pl_module.stage_number, samples)),
+            "settings": to_tree(self.config),
+            "data": self.folder.data_checksums,
+            # What the LLM's and the tower's sources said beside their weights.
+            "architecture": config_json(pl_module.model),
+            "temperature": pl_module.temperature.state_dict(),
+            "frozen": self.frozen,
+            "strategy": self.strategy,
+            "ranks": self.ranks.count,
+        }
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Share, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, StageModule)
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(data, StageData)
         step = batch_idx + 1
         data.samples_consumed = step * pl_module.stage.global_batch
+        self.losses.append(pl_module.last["loss"])
         due = step % self.config.training.checkpoint_every == 0 or step == pl_module.steps
         # Read once, for a signal may come between, and for all ranks, so that they stop after the same step.
         asked = self.ranks.sums(*(float(self.signal == number) for number in SIGNALS))
@@ -196,13 +222,22 @@ class Checkpoints(L.Callback):
         if stopping is not None:
             self.signal = stopping
         if due or stopping is not None:
-            self._save(trainer, step)
+            self._save(trainer, pl_module, step)
         if stopping is not None:
             trainer.should_stop = True
 
-    def _save(self, trainer: L.Trainer, step: int) -> None:
-        run_step = self.steps_before + step
-        self.folder.save_checkpoint(trainer, run_step, self.config.training.keep_checkpoints)
+    def _save(self, trainer: L.Trainer, pl_module: StageModule, step: int) -> None:
+        def write(path: Path) -> dict[str, Any]:
+            save(trainer, path)
+            return {**self._content(trainer, pl_module), "buffers": whole_buffers(trainer, pl_module.model)}
+
+        self.folder.save_checkpoint(write, self.steps_before + step, self.ranks)
+        self.saved_step = step
+        if self.ranks.first:
+            training = self.config.training
+            loss = sum(self.losses) / len(self.losses) if self.losses else None
+            self.folder.keep_checkpoints(training.keep_checkpoints, training.keep_best, loss)
+        self.losses.clear()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for number, handler in self.handlers.items():
@@ -210,6 +245,9 @@ class Checkpoints(L.Callback):
         self.handlers = {}
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        assert isinstance(pl_module, StageModule)
+        if isinstance(exception, NotFinite) and trainer.global_step > self.saved_step:
+            self._save(trainer, pl_module, trainer.global_step)
         self.teardown(trainer, pl_module, "fit")
 
 
@@ -217,21 +255,31 @@ class CaptionSamples(L.Callback):
     """Now and then, what the model writes for a few pictures: on the screen and in samples.jsonl."""
 
     def __init__(
-        self, folder: RunFolder, pictures: Sequence[tuple[str, Image.Image, str]], every: int, steps_before: int
+        self,
+        folder: RunFolder,
+        pictures: Sequence[tuple[str, Image.Image, str]],
+        every: int,
+        steps_before: int,
+        ranks: Ranks,
+        together: bool,
     ):
-        """pictures: key, picture, a reference caption; none on other ranks than the first."""
+        """pictures: key, picture, a reference caption. together: no rank holds the whole model, so that all must write;
+        else the first does."""
         self.folder, self.pictures, self.every, self.steps_before = folder, pictures, every, steps_before
+        self.ranks, self.together = ranks, together
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Share, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, StageModule)
         step = batch_idx + 1
         if not self.every or not self.pictures or (step % self.every and step != pl_module.steps):
             return
-        if not pl_module.stage.loss.gen:
+        if not pl_module.stage.loss.gen or not (self.ranks.first or self.together):
             return
         written = pl_module.model.caption([p for _, p, _ in self.pictures], max_new_tokens=30)
+        if not self.ranks.first:
+            return
         with self.folder.samples.open("a", encoding="utf-8") as file:
             for (key, _, reference), caption in zip(self.pictures, written, strict=True):
                 line = {"step": self.steps_before + step, "key": key, "caption": caption, "reference": reference}

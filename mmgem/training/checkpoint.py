@@ -6,14 +6,12 @@ folder, and to go on with other settings than the run began with.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import pickle
 import platform
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,23 +22,20 @@ import yaml
 from mmgem import __version__
 from mmgem.config import Config, config_text, to_tree
 from mmgem.errors import UserError, one_line
+from mmgem.training.ranks import Ranks
+from mmgem.training.saved import read_checkpoint, write_state
 
 # Settings that may differ between the parts of a run without changing its result.
 FREE_SETTINGS = ("run", "training.", "data.workers", "data.path", "data.cache", "data.max_broken", "data.shard_cache")
-FREE_PLACES = re.compile(r"data\.sources\.\d+\.path")
+FREE_PLACES = re.compile(r"data\.sources\.\d+\.path|stages\.\d+\.micro_batch")
 BOUND_SETTINGS = ("training.precision",)
+
+UNFINISHED = ".unfinished"
+LOSSES = "losses.json"
+"""Beside the checkpoints: the mean loss before each, over the steps since the one before it."""
 
 MOST_LEFT_OUT = 10_000
 """Samples that an index left out are named in a run's broken.jsonl, too; no more than so many."""
-
-
-@dataclass
-class RunState:
-    """All that a restart needs beside weights and optimizer: where the run stands. Randomness follows from it."""
-
-    stage: int = 0
-    samples: int = 0
-    """Consumed in this stage."""
 
 
 class RunFolder:
@@ -60,13 +55,12 @@ class RunFolder:
     def begin(self, config: Config, resume: str, data_checksum: str) -> Path | None:
         """Lays the folder, or finds where to go on. Gives the checkpoint to load, None for a fresh start."""
         if resume not in ("auto", "never"):
-            checkpoint = Path(resume)
-            if not checkpoint.is_file():
-                raise UserError(f"--resume {resume}: no such checkpoint; give a file, auto or never")
-            begun = read_state(checkpoint)[1]
-            if "settings" in begun:  # not in checkpoints of early versions
-                _refuse_other_settings(resume, begun["settings"], config)
-                _refuse_other_data(resume, begun["data"], config, data_checksum)
+            checkpoint = Path(resume).resolve()
+            if not checkpoint.exists():
+                raise UserError(f"--resume {resume}: no such checkpoint; give its path, auto or never")
+            begun = read_checkpoint(checkpoint)
+            _refuse_other_settings(resume, begun.settings, config)
+            _refuse_other_data(resume, begun.data, config, data_checksum)
         else:
             checkpoint = self.newest() if resume == "auto" else None
             if resume == "never" and (self.newest() or self.model.exists()):
@@ -100,16 +94,60 @@ class RunFolder:
     def _read_facts(self) -> dict[str, Any]:
         return json.loads(self.facts.read_text()) if self.facts.is_file() else {}
 
-    def save_checkpoint(self, trainer: Any, run_step: int, keep: int) -> Path:
-        """Whole or not at all: written beside its place, then renamed; only then are older ones removed."""
+    def save_checkpoint(self, save: Callable[[Path], dict[str, Any]], run_step: int, ranks: Ranks) -> Path:
+        """Whole or not at all: written beside its place, then renamed. All ranks call it together.
+
+        save: writes to the given path; of a folder it gives what completes it. Raises UserError where a rank could not
+        write its part; what was saved before stands.
+        """
         place = self.checkpoints / _checkpoint_name(run_step)
-        unfinished = place.with_suffix(".unfinished")
-        trainer.save_checkpoint(unfinished)
-        if trainer.is_global_zero:
+        unfinished = place.with_suffix(UNFINISHED)
+        failure = ""
+        if ranks.first:
+            _remove(unfinished)
+        try:
+            completing = save(unfinished)
+            if ranks.first:
+                if unfinished.is_dir():
+                    write_state(completing, unfinished)
+                _to_disk(unfinished)
+        except (OSError, RuntimeError) as e:  # torch's writer gives the latter for a full disk
+            failure = one_line(e)[:150]
+        failures = ranks.lists([failure] if failure else [])
+        if failures:
+            if ranks.first:
+                _remove(unfinished)
+            raise UserError(
+                f"{place}: cannot be saved ({failures[0]}); {self.newest() or 'nothing'} stands; make room, and go on "
+                "with --resume auto"
+            )
+        if ranks.first:
+            _remove(place)  # of the same step: from before a restart, or an end that is also due
             os.replace(unfinished, place)
-            for old in sorted(self.checkpoints.glob("step-*.ckpt"))[:-keep]:
-                old.unlink()
+            _point(self.checkpoints / "last.ckpt", place)
         return place
+
+    def keep_checkpoints(self, newest: int, best: bool, loss: float | None) -> None:
+        """Removes older checkpoints than so many, but for the best, if it is wanted. loss: of the latest."""
+        losses = self._read_losses()
+        found = sorted(self.checkpoints.glob("step-*.ckpt"))
+        if loss is not None:
+            losses[found[-1].name] = loss
+        kept = {file.name for file in found[-newest:]}
+        present = {file.name: losses[file.name] for file in found if file.name in losses}
+        if best and present:
+            name = min(present, key=lambda name: present[name])
+            kept.add(name)
+            _point(self.checkpoints / "best.ckpt", self.checkpoints / name)
+        for file in found:
+            if file.name not in kept:
+                _remove(file)
+        kept_losses = {name: value for name, value in losses.items() if name in kept}
+        write_atomically(self.checkpoints / LOSSES, json.dumps(kept_losses, indent=1))
+
+    def _read_losses(self) -> dict[str, float]:
+        file = self.checkpoints / LOSSES
+        return json.loads(file.read_text()) if file.is_file() else {}
 
     @staticmethod
     def lines(file: Path) -> list[dict[str, Any]]:
@@ -129,8 +167,11 @@ class RunFolder:
                 lines = [line for line in _split(file) if _step_of(line) <= run_step]
                 write_atomically(file, "".join(f"{line}\n" for line in lines))
         later = [c for c in self.checkpoints.glob("step-*.ckpt") if c.name > _checkpoint_name(run_step)]
-        for file in [*later, *self.checkpoints.glob("*.unfinished")]:
-            file.unlink()
+        for file in [*later, *self.checkpoints.glob(f"*{UNFINISHED}")]:
+            _remove(file)
+        newest = self.newest()
+        if newest is not None:
+            _point(self.checkpoints / "last.ckpt", newest)
 
 
 def _refuse_other_settings(origin: str, begun: Any, config: Config) -> None:
@@ -157,19 +198,6 @@ def _refuse_other_data(origin: str, begun: dict[str, str], config: Config, check
         )
 
 
-def read_state(checkpoint: Path) -> tuple[RunState, dict[str, Any]]:
-    """A checkpoint's RunState and the whole of it."""
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        return RunState(**content["run_state"]), content
-    except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as e:
-        raise UserError(f"{checkpoint}: not a checkpoint of mmgem ({one_line(e)[:150]})") from e
-
-
-def state_tree(state: RunState) -> dict[str, int]:
-    return dataclasses.asdict(state)
-
-
 def versions() -> dict[str, str]:
     import lightning
     import torchvision
@@ -190,6 +218,40 @@ def write_atomically(file: Path, text: str) -> None:
     unfinished = file.with_name(f".{file.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, file)
+
+
+def _remove(path: Path) -> None:
+    """A file, or a folder with all that it holds; renamed first, so that what is left after a kill is not taken for a
+    checkpoint."""
+    if path.is_dir() and not path.is_symlink():
+        going = path.with_suffix(UNFINISHED) if path.suffix != UNFINISHED else path
+        if going != path:
+            shutil.rmtree(going, ignore_errors=True)
+            os.rename(path, going)
+        shutil.rmtree(going)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _point(link: Path, place: Path) -> None:
+    """Makes the link point there, at once. Where the file system knows no links, there is none."""
+    beside = link.with_name(f".{link.name}.unfinished")
+    beside.unlink(missing_ok=True)
+    try:
+        beside.symlink_to(place.name)
+        os.replace(beside, link)
+    except OSError:
+        beside.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Until it is there even if the machine loses its power."""
+    for file in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def append_line(file: Path, line: dict[str, Any]) -> None:

@@ -1,12 +1,16 @@
-"""One stage as a LightningModule: batch → path → losses → step.
+"""One stage as a LightningModule: share → vectors → losses → gradients → step.
 
 Receives the model and a stage's settings. Gives the loss and what the log wants. Refuses a loss that is not finite,
 and names the samples.
+
+A rank's share of a step is one micro-batch, or several. With several the contrastive losses are still those of the
+whole global batch: see `mmgem.losses.cached`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -14,14 +18,24 @@ import torch
 from torch import Tensor
 
 from mmgem.config import StageConfig
-from mmgem.data.batch import Batch
-from mmgem.errors import UserError
-from mmgem.losses.caption import caption_loss
+from mmgem.data.batch import Batch, Share
+from mmgem.losses.cached import Vectors, refuse_other_vectors, surrogate, vector_gradients
+from mmgem.losses.caption import caption_kernel, caption_loss
 from mmgem.losses.contrastive import contrastive_loss
-from mmgem.losses.gather import ranks, sum_over_ranks
+from mmgem.losses.gather import sum_over_ranks
 from mmgem.model import MMGem, Output
 from mmgem.precision import at_least_fp32
 from mmgem.training.optim import freeze, make_optimizer, schedule
+from mmgem.training.ranks import Ranks
+from mmgem.training.strategy import Engine
+from mmgem.training.temperature import Temperature
+
+VECTOR_LOSSES = ("emb", "region_emb")
+WRITTEN_LOSSES = ("gen", "region_gen")
+
+
+class NotFinite(Exception):
+    """The loss of a step is not finite. The weights are still those before it."""
 
 
 class StageModule(L.LightningModule):
@@ -33,18 +47,21 @@ class StageModule(L.LightningModule):
         steps: int,
         seed: int,
         from_trunk: bool = False,
-        rank: int = 0,
+        ranks: Ranks = Ranks(),  # noqa: B008 - it is frozen
+        caption_kernel: str = "torch",
     ):
         """steps: of the whole stage. from_trunk: batches carry the frozen trunk's output instead of pictures."""
         super().__init__()
-        self.rank = rank
+        self.automatic_optimization = False
+        self.ranks = ranks
         self.model = model
         self.stage, self.stage_number, self.steps, self.seed = stage, stage_number, steps, seed
-        self.from_trunk = from_trunk
+        self.from_trunk, self.caption_kernel = from_trunk, caption_kernel
         self.lr_factor = schedule(stage, steps)
         self.last: dict[str, float] = {}
         """The latest step's figures, for the log."""
         freeze(model.parts(), stage, {id(p) for p in model.vision.frozen_parameters()})
+        self.temperature = Temperature(model, stage)
         model.vision.set_patch_dropout(stage.patch_dropout)
         self.train()  # Lightning leaves the modes as they are
 
@@ -59,82 +76,215 @@ class StageModule(L.LightningModule):
                 module.training = mode and getattr(module, "gradient_checkpointing", False)
         return self
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # All randomness of a step follows from its number, so a resumed run draws what an unbroken one would have.
-        seed = (self.seed * 1_000_003 + self.stage_number) * 1_000_003 + batch_idx
-        torch.manual_seed((seed + self.rank * 1_000_000_007) % 2**63)
+    # --- one step -----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, share: Share, step: int) -> None:
+        engine = Engine(self.trainer)
+        losses = self._count(share)
+        if len(share.micros) == 1:
+            figures = self._at_once(engine, share.micros[0], losses, step)
+        else:
+            figures = self._cached(engine, share.micros, losses, step)
+        self._note(engine, share, figures, step)
+        engine.step(self.stage.clip_grad, self.lr_factor(step))
+        self.temperature.step(self.lr_factor(step))
+
+    def _count(self, share: Share) -> dict[str, int]:
+        """The losses with a weight that have something to count anywhere, and what they count over all ranks: captions,
+        boxes or tokens. All ranks then compute the same ones, for one without has its part in those of the others."""
+        captions = [batch.texts.label_text_T < batch.captions for batch in share.micros]
+        here = {
+            "emb": sum(batch.captions for batch in share.micros),
+            "region_emb": share.regions,
+            "gen": sum(int(of_caption_T.sum()) for of_caption_T in captions),
+            "region_gen": sum(int((~of_caption_T).sum()) for of_caption_T in captions),
+        }
+        anywhere = sum_over_ranks(torch.tensor(list(here.values()), device=self.device)).tolist()
+        counts = dict(zip(here, anywhere, strict=True))
+        return {name: count for name, count in counts.items() if count and getattr(self.stage.loss, name)}
+
+    def _at_once(self, engine: Engine, batch: Batch, counts: dict[str, int], step: int) -> dict[str, Tensor]:
+        batch = batch.to(self.device)
+        self._seed(step)
+        out, sums = engine.forward(batch, write=True)
+        losses = self._vector_losses(_vectors(out, batch), [batch], counts)
+        losses |= {name: caption_loss(sums[name], counts[name]) for name in sums if name in counts}
+        loss = self._weighed(losses) + _nothing(out, sums)
+        engine.backward(loss, last=True)
+        return {"loss": loss.detach(), **{name: loss.detach() for name, loss in losses.items()}}
+
+    def _cached(self, engine: Engine, micros: Sequence[Batch], counts: dict[str, int], step: int) -> dict[str, Tensor]:
+        """Vectors of all micro-batches without a graph; the losses over them, and their gradients; then each micro-
+        batch once more, with a graph and its captions, under the same random numbers."""
+        first: list[Vectors] = []
+        with torch.no_grad(), _still_statistics(self.model):
+            for number, batch in enumerate(micros):
+                batch = batch.to(self.device)
+                self._seed(step, number)
+                out, _ = engine.forward(batch, write=False)
+                first.append(_vectors(out, batch))
+        losses: dict[str, Tensor] = {}
+
+        def loss_of(vectors: Vectors) -> Tensor:
+            losses.update(self._vector_losses(vectors, micros, counts))
+            return self._weighed(losses)
+
+        _, gradients = vector_gradients(first, loss_of)
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        losses |= {name: torch.zeros((), device=self.device) for name in WRITTEN_LOSSES if name in counts}
+        for number, batch in enumerate(micros):
+            batch = batch.to(self.device)
+            self._seed(step, number)
+            out, sums = engine.forward(batch, write=True)
+            vectors = _vectors(out, batch)
+            refuse_other_vectors(first[number], vectors)
+            written = {name: caption_loss(sums[name], counts[name]) for name in sums if name in counts}
+            loss = surrogate(vectors, gradients[number]) + self._weighed(written) + _nothing(out, sums)
+            engine.backward(loss, last=number == len(micros) - 1)
+            losses |= {name: losses[name] + part.detach() for name, part in written.items()}
+        return {"loss": self._weighed(losses), **losses}
+
+    def forward(self, batch: Batch, write: bool) -> tuple[Output, dict[str, Tensor]]:
+        """The path, and the sums of the caption losses' tokens; `write=False`: vectors alone, without captions."""
+        draws = self.model.text_draws()
+        texts = batch.texts if write or draws or batch.embedded_texts is None else batch.embedded_texts
         out: Output = self.model(
             batch.pictures.to(self.model.h1.weight.dtype),
-            batch.texts,
+            texts,
             batch.text_vector_M,
             batch.boxes_R4,
             batch.region_image_R,
             self.from_trunk,
         )
-        losses = stage_losses(self.model, out, batch, self.stage)
-        # Zero times all outputs: a batch without captions or boxes is a step too, so that steps, samples and ranks stay
-        # in line.
-        loss = at_least_fp32(out.v_BE.sum() + out.t_ME.sum() + out.r_RE.sum() + out.hidden_TD.sum()) * 0
-        for name, value in losses.items():
-            loss = loss + getattr(self.stage.loss, name) * value
-        # Each is the mean over the ranks (see `caption_loss`).
-        figures = (sum_over_ranks(torch.stack([loss, *losses.values()])) / ranks()).tolist()
-        figures = dict(zip(["loss", *(f"loss_{name}" for name in losses)], figures, strict=True))
+        sums: dict[str, Tensor] = {}
+        loss = self.stage.loss
+        if write and (loss.gen or loss.region_gen):
+            of_caption_T = batch.texts.label_text_T < batch.captions
+            sums = self._sums_of_tokens(out.hidden_TD, batch.texts.labels_T, of_caption_T)
+        return out, sums
+
+    def _sums_of_tokens(self, hidden_TD: Tensor, labels_T: Tensor, of_caption_T: Tensor) -> dict[str, Tensor]:
+        """Of captions and phrases, each where it has a weight; through the head once: ZeRO wants it so."""
+        language, loss = self.model.language, self.stage.loss
+        wanted = {"gen": of_caption_T, "region_gen": ~of_caption_T}
+        wanted = {name: chosen_T for name, chosen_T in wanted.items() if getattr(loss, name)}
+
+        def sums(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+            parts = []
+            for chosen_T in wanted.values():
+                kernel = caption_kernel(self.caption_kernel, labels_T[chosen_T], loss.label_smoothing, language.softcap)
+                parts.append(kernel(hidden_TD[chosen_T], weight_VD, bias_V))
+            return torch.stack(parts)
+
+        return dict(zip(wanted, language.with_head(hidden_TD, sums).unbind(), strict=True))
+
+    def _vector_losses(self, vectors: Vectors, micros: Sequence[Batch], counts: dict[str, int]) -> dict[str, Tensor]:
+        """emb: images and their captions. region_emb: boxes and their phrases. Unweighted."""
+        v_BE, r_RE, captions_ME, phrases_RE = vectors
+        model, losses = self.model, {}
+
+        def ids(name: str) -> Tensor:
+            return torch.cat([getattr(batch, name) for batch in micros]).to(self.device)
+
+        if "emb" in counts:
+            losses["emb"] = contrastive_loss(
+                v_BE, ids("image_id_B"), captions_ME, ids("caption_owner_M"), ids("caption_text_M"),
+                model.logit_scale, model.logit_bias, self.stage.loss.kind,
+            )  # fmt: skip
+        if "region_emb" in counts:
+            entities = ids("entity_id_R")
+            losses["region_emb"] = contrastive_loss(
+                r_RE, entities, phrases_RE, entities, ids("phrase_text_R"),
+                model.logit_scale, model.logit_bias, self.stage.loss.kind,
+            )  # fmt: skip
+        return losses
+
+    def _weighed(self, losses: dict[str, Tensor]) -> Tensor:
+        terms = (getattr(self.stage.loss, name) * value for name, value in losses.items())
+        return sum(terms, start=torch.zeros((), device=self.device))
+
+    def _seed(self, step: int, micro: int = 0) -> None:
+        # All randomness of a step follows from its number, so a resumed run draws what an unbroken one would have.
+        seed = (self.seed * 1_000_003 + self.stage_number) * 1_000_003 + step
+        torch.manual_seed((seed + self.ranks.rank * 1_000_000_007 + micro * 1_000_000_009) % 2**63)
+
+    def _note(self, engine: Engine, share: Share, losses: dict[str, Tensor], step: int) -> None:
+        """The figures of all ranks, for the log. Raises NotFinite, on all ranks together."""
+        names = [name if name == "loss" else f"loss_{name}" for name in losses]
+        # The contrastive losses are the same on each rank, the caption losses' parts have the loss as their mean.
+        means = (
+            sum_over_ranks(torch.stack([at_least_fp32(loss) for loss in losses.values()])) / self.ranks.count
+        ).tolist()
+        figures = dict(zip(names, means, strict=True))
         if not math.isfinite(figures["loss"]):
             text = ", ".join(f"{k.removeprefix('loss_')} {v:.4g}" for k, v in figures.items() if k != "loss")
-            raise UserError(
-                f"stage {self.stage.name}, step {batch_idx}: the loss is not finite ({text}); samples of the batch: "
-                f"{', '.join(batch.keys[:8])}{' …' if len(batch.keys) > 8 else ''}; "
-                "lower the learning rate or clip_grad, or look at them"
+            named = self.ranks.lists(self._suspects(engine, share, step))
+            samples = f"it comes from {', '.join(named[:8])}{' …' if len(named) > 8 else ''}"
+            raise NotFinite(
+                f"stage {self.stage.name}, step {step + 1}: the loss is not finite ({text}); "
+                f"{samples if named else 'no sample by itself gives such a vector'}; look at "
+                f"{'them' if len(named) > 1 else 'it'}, or lower the learning rate or clip_grad; the weights are still "
+                "those of the step before"
             )
         self.last = {**figures, "logit_scale": math.exp(self.model.logit_scale.item())}
-        return loss
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        # Here and not in a hook after the batch: checkpoints are saved before that one runs.
-        self.model.clamp_logit_scale()
+    @torch.no_grad()
+    def _suspects(self, engine: Engine, share: Share, step: int) -> list[str]:
+        """Keys of this rank's samples with a picture, or, where none has one, with a vector that is not finite."""
+
+        def bad(rows: Tensor) -> Tensor:
+            return ~rows.flatten(1).isfinite().all(dim=1)
+
+        found: list[str] = []
+        vectors: list[str] = []
+        for number, batch in enumerate(share.micros):
+            found += [batch.keys[i] for i in bad(batch.pictures).nonzero()[:, 0].tolist()]
+            batch = batch.to(self.device)
+            self._seed(step, number)
+            out, _ = engine.forward(batch, write=False)
+            owner_BR = torch.cat([torch.arange(len(batch.keys), device=self.device), batch.region_image_R])
+            owner_M = owner_BR[batch.text_vector_M][: len(out.t_ME)]
+            owners = torch.cat([owner_BR[bad(torch.cat([out.v_BE, out.r_RE]))], owner_M[bad(out.t_ME)]])
+            vectors += [batch.keys[i] for i in owners.unique().tolist()]
+        return found if self.ranks.sums(len(found))[0] else vectors
+
+    # --- for Lightning ------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        optimizer = make_optimizer(self.model.parts(), self.stage)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return make_optimizer(self.model.parts(), self.stage)
+
+    def on_fit_start(self) -> None:
+        self.temperature.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["temperature"] = self.temperature.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.temperature.load_state_dict(checkpoint["temperature"])
 
 
-def stage_losses(model: MMGem, out: Output, batch: Batch, stage: StageConfig) -> dict[str, Tensor]:
-    """The losses with a weight, unweighted, by the names of LossConfig.
+def _vectors(out: Output, batch: Batch) -> Vectors:
+    """Images, boxes, captions, phrases."""
+    return out.v_BE, out.r_RE, out.t_ME[: batch.captions], out.t_ME[batch.captions :]
 
-    emb: images and their captions. gen: captions after images. region_emb, region_gen: the same for boxes and phrases.
-    """
-    weights, losses = stage.loss, {}
-    captions = batch.captions
-    of_caption_T = batch.texts.label_text_T < captions
-    # All ranks must compute the same losses: a rank without captions or boxes has its part in those of the others.
-    here = torch.tensor([captions, len(batch.boxes_R4), int(of_caption_T.sum()), int((~of_caption_T).sum())])
-    with_captions, with_boxes, captions_written, phrases_written = sum_over_ranks(here.to(out.v_BE.device)).tolist()
-    if weights.emb and with_captions:
-        losses["emb"] = contrastive_loss(
-            out.v_BE,
-            batch.image_id_B,
-            out.t_ME[:captions],
-            batch.caption_owner_M,
-            batch.caption_text_M,
-            model.logit_scale,
-        )
-    if weights.region_emb and with_boxes:
-        losses["region_emb"] = contrastive_loss(
-            out.r_RE,
-            batch.entity_id_R,
-            out.t_ME[captions:],
-            batch.entity_id_R,
-            batch.phrase_text_R,
-            model.logit_scale,
-        )
-    written = (("gen", of_caption_T, captions_written), ("region_gen", ~of_caption_T, phrases_written))
-    for name, wanted_T, anywhere in written:
-        if getattr(weights, name) and anywhere:
-            logits_TV = model.language.logits(out.hidden_TD[wanted_T])
-            losses[name] = caption_loss(logits_TV, batch.texts.labels_T[wanted_T], weights.label_smoothing)
-    return losses
+
+def _nothing(out: Output, sums: dict[str, Tensor]) -> Tensor:
+    """Zero times all outputs: a batch without captions or boxes is a step too, so that steps, samples and ranks stay in
+    line, and each parameter has a gradient on each rank."""
+    total = out.v_BE.sum() + out.t_ME.sum() + out.r_RE.sum() + out.hidden_TD.sum()
+    return at_least_fp32(total) * 0 + sum((value * 0 for value in sums.values()), start=torch.zeros_like(total))
+
+
+class _still_statistics:
+    """Within, batch norms that train do not move their statistics: each picture shall count once."""
+
+    def __init__(self, model: MMGem):
+        self.norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.buffers = [{n: b.clone() for n, b in norm.named_buffers()} for norm in self.norms]
+
+    def __exit__(self, *exception: Any) -> None:
+        for norm, before in zip(self.norms, self.buffers, strict=True):
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(before[name])

@@ -26,7 +26,7 @@ def freeze(parts: Parts, stage: StageConfig, always_frozen: set[int]) -> None:
 
 
 def make_optimizer(parts: Parts, stage: StageConfig) -> torch.optim.AdamW:
-    """Groups by part and by decay: vectors and scalars (norms, biases, logit_scale) are not decayed."""
+    """Groups by part and by decay: vectors and scalars (norms, biases) are not decayed."""
     groups = []
     for part, parameters in parts.items():
         lr = stage.lr * stage.lr_scale.get(part, 1.0)
@@ -35,7 +35,7 @@ def make_optimizer(parts: Parts, stage: StageConfig) -> torch.optim.AdamW:
             chosen = [p for p in trained if (p.ndim >= 2) == decayed]
             if chosen:
                 decay = stage.weight_decay if decayed else 0.0
-                groups.append({"params": chosen, "lr": lr, "weight_decay": decay, "part": part})
+                groups.append({"params": chosen, "lr": lr, "initial_lr": lr, "weight_decay": decay, "part": part})
     if not groups:
         raise UserError(f"stage {stage.name}: nothing trains; leave a part out of freeze")
     return torch.optim.AdamW(groups, betas=stage.betas)

@@ -120,15 +120,20 @@ def _device() -> torch.device:
 
 
 @contextmanager
-def process_group(cuda: bool) -> Iterator[Ranks]:
-    """Joins the other ranks, if there are any, for the block."""
+def process_group(cuda: bool, alone: bool = False) -> Iterator[Ranks]:
+    """Joins the other ranks, if there are any, for the block. alone: a rank without others gets a group, too."""
     ranks = ranks_of(os.environ)
-    if ranks.count == 1:
+    if ranks.count == 1 and not alone:
         yield ranks
         return
+    backend = "nccl" if cuda else "gloo"
     if cuda:
         torch.cuda.set_device(ranks.local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+    if ranks.count == 1:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield ranks
     finally:

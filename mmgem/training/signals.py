@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM where there is nothing to save: while the data are opened, the model built, features cached.
+"""Ctrl-C, SIGTERM and SIGUSR1 where there is nothing to save: data are opened, a model built, features cached.
 
 Receives signals. Gives `Stopped`, raised at once. During the steps of a stage `callbacks.Checkpoints` takes over.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _asked: list[int] = []
 
 
@@ -24,7 +24,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """In the block both signals raise `Stopped`; afterwards they do what they did before."""
+    """In the block these signals raise `Stopped`; afterwards they do what they did before."""
     _asked.clear()
     before = {number: signal.signal(number, stop_at_once) for number in SIGNALS}
     try:

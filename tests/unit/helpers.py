@@ -89,7 +89,7 @@ def build(config: ModelConfig | None = None, seed: int = 0) -> MMGem:
     torch.manual_seed(seed)
     model = MMGem(config or model_config(), tokenizer()).eval()
     with torch.no_grad():
-        model.language.added_2D.mul_(5)  # as far from each other as words are
+        model.language.added.rows_2D.mul_(5)  # as far from each other as words are
     return model
 
 

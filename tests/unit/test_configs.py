@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mmgem.config import load_config
+from mmgem.config import TrainingConfig, load_config
 from mmgem.errors import UserError
 from mmgem.training.check import check, meta_counts
+from mmgem.training.estimate import Weights, engine_of, states
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -35,8 +36,20 @@ def test_real_sizes(stage: str) -> None:
     heads = (width * dim + dim) + (llm * dim + dim) + (dim * llm + llm)
     assert counts["projections"] == heads + 2 * llm + 1
     assert shapes["feature map"] == "C x H x W = 1024 x 16 x 16"
-    text = check(config)
-    assert "303,179,776" in text and "1,100,048,384" in text
+
+
+def test_seven_billion() -> None:
+    """Llama 2 7B as published: 6,738,415,616 parameters. On 64 GPUs of 80 GB its states fit with ZeRO 3, and with DDP
+    they do not."""
+    config = load_config(CONFIGS[0].parent / "stage1_vit_l14_7b_zero3.yaml")
+    counts, _ = meta_counts(config)
+    width, dim, llm = 1024, 1024, 4096
+    heads = (width * dim + dim) + (llm * dim + dim) + (dim * llm + llm)
+    assert counts["llm"] == 6_738_415_616 and counts["projections"] == heads + 2 * llm + 1
+    weights = Weights(counts["all"], counts["all"], 0)
+    assert config.training.strategy == "deepspeed_3"
+    assert states(engine_of(config.training, 64, True, True), weights).total < 10e9
+    assert states(engine_of(TrainingConfig(strategy="ddp"), 64, True, True), weights).total > 80e9
 
 
 def test_stage_2_goes_on_from_stage_1() -> None:

@@ -99,7 +99,7 @@ def test_one_packed_call_equals_a_call_for_each_stream(name: str, attention: str
 
     for one, other in zip(together, apart, strict=True):
         assert one.item() == pytest.approx(other.item(), rel=1e-5)
-    assert found["language.added_2D"].abs().sum(dim=1).gt(0).all()
+    assert found["language.added.rows_2D"].abs().sum(dim=1).gt(0).all()
     assert {n for n in found if n.startswith("language.hf.")} == {
         n for n, _ in model.named_parameters() if n.startswith("language.hf.")
     }
@@ -223,10 +223,10 @@ def test_the_added_tokens_train_while_the_llm_is_frozen():
     t_ME, logits_TV = packed_outputs(model, packed, v_ME)
     sum(losses(model, t_ME, v_ME, logits_TV, packed.labels_T)).backward()  # pyright: ignore[reportAttributeAccessIssue]
     found = gradients(model)
-    assert found.keys() == {"language.added_2D", "logit_scale", *(f"h{i}.{n}" for i in (2, 3) for n in ("weight", "bias"))}  # fmt: skip # noqa: E501
-    assert found["language.added_2D"].abs().sum(dim=1).min() > 1e-3  # both rows
+    assert found.keys() == {"language.added.rows_2D", "logit_scale", *(f"h{i}.{n}" for i in (2, 3) for n in ("weight", "bias"))}  # fmt: skip # noqa: E501
+    assert found["language.added.rows_2D"].abs().sum(dim=1).min() > 1e-3  # both rows
     with torch.no_grad():
-        model.language.added_2D -= 0.1 * found["language.added_2D"]
+        model.language.added.rows_2D -= 0.1 * found["language.added.rows_2D"]
     assert torch.dist(model.text_vectors(TEXTS), before) > 1e-3
 
 
@@ -237,11 +237,11 @@ def test_added_tokens_have_rows_of_their_own():
     assert table.shape[0] == last + 1  # none for them here
     embedded = model.embed(torch.tensor([[5, emb, 0], [cap, last, emb]]))
     assert torch.equal(embedded[0, 0], table[5]) and torch.equal(embedded[1, 1], table[last])
-    assert torch.equal(embedded[0, 1], model.added_2D[0]) and torch.equal(embedded[1, 0], model.added_2D[1])
+    assert torch.equal(embedded[0, 1], model.added.rows_2D[0]) and torch.equal(embedded[1, 0], model.added.rows_2D[1])
     embedded[:, 1:].sum().backward()
-    assert table.grad is not None and model.added_2D.grad is not None
+    assert table.grad is not None and model.added.rows_2D.grad is not None
     assert table.grad[0].eq(1).all()  # from the one 0 in the text, not from the stand-ins
-    assert model.added_2D.grad[:, 0].tolist() == [2.0, 0.0]
+    assert model.added.rows_2D.grad[:, 0].tolist() == [2.0, 0.0]
 
 
 @pytest.mark.parametrize("name", LLMS)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmgem.losses.caption import caption_loss
-from mmgem.losses.contrastive import _one_way, contrastive_loss, first_of_each, info_nce, positives
+from mmgem.losses import caption, contrastive
+from mmgem.losses.caption import sum_of_caption_losses
+from mmgem.losses.contrastive import contrastive_loss
+from mmgem.losses.pairs import find_pairs
 
 SCALE = torch.tensor(math.log(1 / 0.07))
 
@@ -18,6 +21,19 @@ SCALE = torch.tensor(math.log(1 / 0.07))
 def vectors(x: int = 6, y: int = 9, width: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(x, width, generator=generator), torch.randn(y, width, generator=generator) * 3
+
+
+def with_mask(x_NE: Tensor, y_ME: Tensor, positive_NM: Tensor, logit_scale: Tensor, **options: Any) -> Tensor:
+    """The loss with these positives: a text is given to each of its rows, or to nobody."""
+    owners, texts = positive_NM.nonzero().unbind(1)
+    nobody = (~positive_NM.any(dim=0)).nonzero()[:, 0]
+    owners, texts = torch.cat([owners, torch.full_like(nobody, -1)]), torch.cat([texts, nobody])
+    return contrastive_loss(x_NE, torch.arange(len(x_NE)), y_ME[texts], owners, texts, logit_scale, **options)
+
+
+@pytest.fixture(autouse=True, params=[1 << 22, 12], ids=["one tile", "tiles of a row or two"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive, "TILE", request.param)
 
 
 def by_hand(x_NE: Tensor, y_ME: Tensor, positive_NM: Tensor, logit_scale: Tensor) -> Tensor:
@@ -58,7 +74,7 @@ def test_with_one_positive_it_is_clips_loss():
     logits_NM = SCALE.exp() * F.normalize(x_NE, dim=1) @ F.normalize(y_ME, dim=1).T
     labels = torch.arange(7)
     clip = F.cross_entropy(logits_NM, labels) + F.cross_entropy(logits_NM.T, labels)
-    assert info_nce(x_NE, y_ME, torch.eye(7).bool(), SCALE).item() == pytest.approx(clip.item(), rel=1e-5)
+    assert with_mask(x_NE, y_ME, torch.eye(7).bool(), SCALE).item() == pytest.approx(clip.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.0, math.log(1 / 0.07), math.log(100)])
@@ -67,13 +83,13 @@ def test_several_positives_are_averaged_as_by_hand(scale: float, seed: int):
     x_NE, y_ME = vectors(seed=seed)
     logit_scale = torch.tensor(scale)
     wanted = by_hand(x_NE, y_ME, MULTI, logit_scale)
-    assert info_nce(x_NE, y_ME, MULTI, logit_scale).item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert with_mask(x_NE, y_ME, MULTI, logit_scale).item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
 def test_gradients_are_those_by_hand():
     inputs = [*vectors(), SCALE.clone()]
     ours = [t.clone().requires_grad_() for t in inputs]
-    info_nce(ours[0], ours[1], MULTI, ours[2]).backward()
+    with_mask(ours[0], ours[1], MULTI, ours[2]).backward()
     reference = [t.double().requires_grad_() for t in inputs]
     by_hand(reference[0], reference[1], MULTI, reference[2]).backward()
     for found, wanted in zip(ours, reference, strict=True):
@@ -83,25 +99,37 @@ def test_gradients_are_those_by_hand():
     assert not reference[1].grad[8].eq(0).all()  # pyright: ignore - nobody's text is still everyone's negative
 
 
-def test_gradcheck():
-    score_NM = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s: _one_way(s, MULTI), (score_NM,))
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+def test_gradcheck(kind: str):
+    x_NE, y_ME = (v.double().requires_grad_() for v in vectors(width=4))
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.3, -2.0))
+    inputs = (x_NE, y_ME, scale, bias) if kind == "sigmoid" else (x_NE, y_ME, scale)
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+        return with_mask(x, y, MULTI, scale, logit_bias=bias, kind=kind)
+
+    assert torch.autograd.gradcheck(loss, inputs)
 
 
 def test_one_positive_is_no_negative_of_another():
     """Raising the score of a pair that belongs together never raises the loss, whoever else belongs to the two."""
-    score_NM = torch.randn(6, 9, generator=torch.Generator().manual_seed(4)).mul(3).requires_grad_()
-    (_one_way(score_NM, MULTI) + _one_way(score_NM.T, MULTI.T)).backward()
-    assert score_NM.grad is not None
-    assert (score_NM.grad[MULTI] < 0).all()
+    x_NE = torch.eye(16, dtype=torch.float64)[:6]  # so that score ij is y's i-th coordinate
+    y_ME = torch.randn(9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    unit_ME = F.normalize(y_ME, dim=1).requires_grad_()
+    with_mask(x_NE, unit_ME, MULTI, SCALE).backward()
+    assert unit_ME.grad is not None
+    # d loss / d y = P (Σ_i g_i x_i), P the projection off y; the coordinates past the sixth tell Σ_i g_i (x_i · y).
+    along_M = -unit_ME.grad[:, 6:].mul(unit_ME[:, 6:]).sum(1) / unit_ME[:, 6:].square().sum(1)
+    gradient_NM = (unit_ME.grad[:, :6] + along_M[:, None] * unit_ME[:, :6]).T
+    assert (gradient_NM[MULTI] < 0).all()
     with_positive = ~MULTI & (MULTI.any(dim=1, keepdim=True) | MULTI.any(dim=0))
-    assert (score_NM.grad[with_positive] > 0).all()
-    assert (score_NM.grad[3, 8] == 0).all()  # two that nobody asked about
+    assert (gradient_NM[with_positive] > 0).all()
+    assert gradient_NM[3, 8].abs() < 1e-12  # two that nobody asked about
 
 
 def test_without_positives_the_loss_is_nought_and_still_has_a_gradient():
     x_NE, y_ME = (v.requires_grad_() for v in vectors())
-    loss = info_nce(x_NE, y_ME, torch.zeros(6, 9).bool(), SCALE)
+    loss = with_mask(x_NE, y_ME, torch.zeros(6, 9).bool(), SCALE)
     assert loss.item() == 0.0
     loss.backward()
     assert x_NE.grad is not None and x_NE.grad.eq(0).all() and y_ME.grad is not None
@@ -109,7 +137,7 @@ def test_without_positives_the_loss_is_nought_and_still_has_a_gradient():
 
 def test_without_negatives_the_loss_is_nought():
     x_NE, y_ME = (v.requires_grad_() for v in vectors())
-    loss = info_nce(x_NE, y_ME, torch.ones(6, 9).bool(), SCALE)
+    loss = with_mask(x_NE, y_ME, torch.ones(6, 9).bool(), SCALE)
     assert loss.item() == 0.0
     loss.backward()
     assert x_NE.grad is not None and torch.isfinite(x_NE.grad).all()
@@ -117,20 +145,20 @@ def test_without_negatives_the_loss_is_nought():
 
 def test_it_is_computed_in_fp32_and_does_not_overflow():
     x_NE, y_ME = vectors()
-    exact = info_nce(x_NE.bfloat16().float(), y_ME.bfloat16().float(), MULTI, SCALE)
+    exact = with_mask(x_NE.bfloat16().float(), y_ME.bfloat16().float(), MULTI, SCALE)
     with torch.autocast("cpu", torch.bfloat16):
-        half = info_nce(x_NE.bfloat16(), y_ME.bfloat16(), MULTI, SCALE)
+        half = with_mask(x_NE.bfloat16(), y_ME.bfloat16(), MULTI, SCALE)
     assert half.dtype == torch.float32 and torch.equal(half, exact)
     scale = torch.tensor(math.log(100.0))
-    opposite = info_nce(x_NE, -x_NE, torch.eye(6).bool(), scale)
+    opposite = with_mask(x_NE, -x_NE, torch.eye(6).bool(), scale)
     assert torch.isfinite(opposite) and opposite > 100
-    assert info_nce(x_NE, x_NE, torch.eye(6).bool(), scale) < 0.1
-    assert torch.isfinite(info_nce(torch.zeros(6, 16), y_ME, MULTI, scale))
+    assert with_mask(x_NE, x_NE, torch.eye(6).bool(), scale) < 0.1
+    assert torch.isfinite(with_mask(torch.zeros(6, 16), y_ME, MULTI, scale))
 
 
 def test_the_length_of_a_vector_does_not_matter():
     x_NE, y_ME = vectors()
-    assert torch.allclose(info_nce(x_NE * 100, y_ME / 7, MULTI, SCALE), info_nce(x_NE, y_ME, MULTI, SCALE), rtol=1e-4)
+    assert torch.allclose(with_mask(x_NE * 100, y_ME / 7, MULTI, SCALE), with_mask(x_NE, y_ME, MULTI, SCALE), rtol=1e-4)
 
 
 def test_a_text_said_of_many_counts_once():
@@ -151,7 +179,59 @@ def test_a_text_said_of_many_counts_once():
     assert more.item() == pytest.approx(ours.item(), rel=1e-6)
 
 
+# --- the sigmoid loss ------------------------------------------------------------------------------------------------
+
+
+def test_the_sigmoid_loss_by_hand():
+    x_NE, y_ME = vectors()
+    score_NM = SCALE.exp() * F.normalize(x_NE, dim=1) @ F.normalize(y_ME, dim=1).T - 3
+    sign_NM = torch.where(MULTI, 1.0, -1.0)
+    wanted = -F.logsigmoid(sign_NM * score_NM).sum() / 5  # one row has no positive
+    found = with_mask(x_NE, y_ME, MULTI, SCALE, logit_bias=torch.tensor(-3.0), kind="sigmoid")
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_the_sigmoid_loss_is_siglips():
+    from open_clip.loss import SigLipLoss
+
+    x_NE, y_ME = vectors(7, 7)
+    theirs = SigLipLoss()(F.normalize(x_NE, dim=1), F.normalize(y_ME, dim=1), SCALE.exp(), torch.tensor(-10.0))
+    bias = torch.tensor(-10.0)
+    found = with_mask(x_NE, y_ME, torch.eye(7).bool(), SCALE, logit_bias=bias, kind="sigmoid")
+    assert found.item() == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_hard_negatives_are_rows_and_texts_of_nobody():
+    """They stand against all queries and ask nothing themselves; a hard negative that someone did say is none."""
+    x_NE, y_ME = vectors(5, 5)
+    hard_x, hard_y = vectors(2, 3, seed=9)
+    ids, nobody = torch.arange(5), torch.tensor([-1, -1, -1])
+    texts = torch.tensor([0, 1, 2, 3, 4, 50, 51, 3])  # the last one is the fourth's own caption
+    owners = torch.cat([ids, nobody])
+    found = contrastive_loss(
+        torch.cat([x_NE, hard_x]), torch.cat([ids, torch.tensor([-2, -3])]), torch.cat([y_ME, hard_y]), owners, texts,
+        SCALE,
+    )  # fmt: skip
+    mask = torch.zeros(7, 7).bool()
+    mask[ids, ids] = True
+    wanted = by_hand(torch.cat([x_NE, hard_x]), torch.cat([y_ME, hard_y[:2]]), mask, SCALE)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
 # --- who belongs to whom ---------------------------------------------------------------------------------------------
+
+
+def positives(owner_N: Tensor, text_owner_M: Tensor, text_M: Tensor) -> Tensor:
+    """N x M: each pair with a distinct text, spread over all texts that are equal to it."""
+    pairs = find_pairs(owner_N, text_owner_M, text_M)
+    distinct = text_M[pairs.kept_m]
+    positive_NU = torch.zeros(len(owner_N), len(distinct), dtype=torch.bool)
+    positive_NU[pairs.row_P, pairs.column_P] = True
+    assert pairs.positives_N.tolist() == positive_NU.sum(1).tolist()
+    assert pairs.positives_U.tolist() == positive_NU.sum(0).tolist()
+    assert (pairs.rows, pairs.texts) == (int(positive_NU.any(1).sum()), int(positive_NU.any(0).sum()))
+    assert len(pairs.row_P) == positive_NU.sum() and pairs.counts == [len(distinct)]
+    return positive_NU.int() @ (distinct[:, None] == text_M[None]).int() > 0
 
 
 def test_captions_of_one_image_and_equal_captions_belong_together():
@@ -191,13 +271,16 @@ def test_positives_by_hand():
         assert positives(images, owners, texts).tolist() == wanted
 
 
-def test_first_of_each_text():
-    assert first_of_each(torch.tensor([7, 2**61, 7, 2**61 + 1, 2**61, 7])).tolist() == [0, 1, 3]
-    assert first_of_each(torch.tensor([], dtype=torch.long)).tolist() == []
+def test_the_first_of_each_text_stands_for_it():
+    def kept(texts: Tensor) -> list[int]:
+        return find_pairs(torch.tensor([1]), texts, texts).kept_m.tolist()
+
+    assert kept(torch.tensor([7, 2**61, 7, 2**61 + 1, 2**61, 7])) == [0, 1, 3]
+    assert kept(torch.tensor([], dtype=torch.long)) == []
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         texts = torch.randint(6, (12,), generator=generator)
-        assert first_of_each(texts).tolist() == [i for i, t in enumerate(texts) if t not in texts[:i]]
+        assert kept(texts) == [i for i, t in enumerate(texts) if t not in texts[:i]]
 
 
 def test_stable_ids_are_large_and_stay_exact():
@@ -210,31 +293,75 @@ def test_stable_ids_are_large_and_stay_exact():
 # --- captions --------------------------------------------------------------------------------------------------------
 
 
-def test_the_caption_loss_is_the_mean_over_tokens():
-    logits_TV = torch.randn(11, 20, generator=torch.Generator().manual_seed(0)) * 3
-    labels_T = torch.arange(11) % 20
-    wanted = sum(-math.log(row.softmax(0)[label]) for row, label in zip(logits_TV, labels_T, strict=True)) / 11
-    assert caption_loss(logits_TV, labels_T).item() == pytest.approx(wanted, rel=1e-5)
-    # Of tokens, not of captions: two pieces count by their lengths.
-    pieces = 3 / 11 * caption_loss(logits_TV[:3], labels_T[:3]) + 8 / 11 * caption_loss(logits_TV[3:], labels_T[3:])
-    assert pieces.item() == pytest.approx(wanted, rel=1e-5)
+def hidden_and_head(tokens: int = 11, words: int = 50, width: int = 8) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(tokens, width, generator=generator)
+    weight_VD, bias_V = torch.randn(words, width, generator=generator), torch.randn(words, generator=generator)
+    return hidden_TD, weight_VD, bias_V, torch.randint(words, (tokens,), generator=generator)
 
 
-def test_label_smoothing():
-    logits_TV, labels_T = torch.randn(5, 8), torch.tensor([0, 1, 2, 3, 4])
-    log_p = logits_TV.log_softmax(dim=1)
-    wanted = -(0.9 * log_p[range(5), labels_T] + 0.1 * log_p.mean(dim=1)).mean()
-    assert caption_loss(logits_TV, labels_T, 0.1).item() == pytest.approx(wanted.item(), rel=1e-5)
+@pytest.fixture(params=[1, 7, 1000], ids=["word by word", "parts of 7", "at once"])
+def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption, "TILE", 1)
+    monkeypatch.setattr(caption, "NARROWEST", request.param)
+
+
+def test_the_caption_loss_is_minus_log_p_of_the_labels(narrow: None):
+    hidden_TD, weight_VD, bias_V, labels_T = hidden_and_head()
+    logits_TV = hidden_TD @ weight_VD.T + bias_V
+    wanted = sum(-math.log(row.softmax(0)[label]) for row, label in zip(logits_TV, labels_T, strict=True))
+    assert sum_of_caption_losses(hidden_TD, weight_VD, bias_V, labels_T).item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_caption_losses_gradients(narrow: None, smoothing: float, softcap: float | None, biased: bool):
+    hidden_TD, weight_VD, bias_V, labels_T = hidden_and_head()
+    inputs = [hidden_TD, weight_VD, *([bias_V] if biased else [])]
+    found, wanted = ([t.double().requires_grad_() for t in inputs] for _ in range(2))
+    ours = sum_of_caption_losses(found[0], found[1], found[2] if biased else None, labels_T, smoothing, softcap)
+    logits_TV = F.linear(wanted[0], wanted[1], wanted[2] if biased else None)
+    logits_TV = logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
+    theirs = F.cross_entropy(logits_TV, labels_T, label_smoothing=smoothing, reduction="sum")
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    (ours * 0.3).backward()
+    (theirs * 0.3).backward()
+    for one, other in zip(found, wanted, strict=True):
+        assert one.grad is not None and other.grad is not None and other.grad.abs().max() > 1e-3
+        assert torch.allclose(one.grad, other.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_frozen_head_gets_no_gradient(narrow: None):
+    hidden_TD, weight_VD, bias_V, labels_T = hidden_and_head()
+    hidden_TD.requires_grad_()
+    sum_of_caption_losses(hidden_TD, weight_VD, bias_V, labels_T).backward()
+    assert hidden_TD.grad is not None and weight_VD.grad is None and bias_V.grad is None
 
 
 def test_captions_in_half_precision_are_summed_in_fp32():
-    logits_TV, labels_T = (torch.randn(400, 50) * 5).bfloat16(), torch.arange(400) % 50
-    assert torch.equal(caption_loss(logits_TV, labels_T), caption_loss(logits_TV.float(), labels_T))
-    assert caption_loss(logits_TV, labels_T).dtype == torch.float32
+    hidden_TD, weight_VD, bias_V, labels_T = hidden_and_head(400)
+    half = sum_of_caption_losses(hidden_TD.bfloat16(), weight_VD.bfloat16(), None, labels_T)
+    exact = F.cross_entropy((hidden_TD.bfloat16() @ weight_VD.bfloat16().T).float(), labels_T, reduction="sum")
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(exact.item(), rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = sum_of_caption_losses(hidden_TD, weight_VD, None, labels_T)
+    assert cast.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
-def test_no_tokens_no_loss():
-    logits_TV = torch.zeros(0, 8, requires_grad=True)
-    loss = caption_loss(logits_TV, torch.zeros(0, dtype=torch.long))
+def test_no_tokens_no_loss(narrow: None):
+    hidden_TD, weight_VD, bias_V, labels_T = hidden_and_head(0)
+    for tensor in (hidden_TD, weight_VD, bias_V):
+        tensor.requires_grad_()
+    loss = sum_of_caption_losses(hidden_TD, weight_VD, bias_V, labels_T)
     loss.backward()
-    assert loss.item() == 0.0 and logits_TV.grad is not None
+    assert loss.item() == 0.0
+    assert weight_VD.grad is not None and weight_VD.grad.eq(0).all() and bias_V.grad is not None
+    assert bias_V.grad.eq(0).all()
+
+
+def test_the_vocabulary_is_covered_once():
+    for tokens, words in ((1, 5), (10**6, 32_000), (16_384, 151_936), (5000, 1025)):
+        parts = caption.parts_of_vocabulary(tokens, words)
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(words))
+        assert max(part.stop - part.start for part in parts) * tokens <= max(caption.TILE, caption.NARROWEST * tokens)

@@ -247,7 +247,7 @@ def test_each_parameter_is_in_one_part():
     names = [name for parameters in parts.values() for name, _ in parameters]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     assert {n for n, _ in parts["projections"]} == {
-        "language.added_2D",
+        "language.added.rows_2D",
         "logit_scale",
         *(f"h{i}.{kind}" for i in (1, 2, 3) for kind in ("weight", "bias")),
     }

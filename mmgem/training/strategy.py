@@ -1,0 +1,275 @@
+"""What the ranks hold of the training state, and what one step does with it.
+
+Receives a run's settings. Gives Lightning's strategy, and `Engine`, which forwards, goes back and steps through it,
+whichever it is. Refuses what a strategy cannot do.
+
+Each forward of a micro-batch goes through the wrapped model by itself, with its own backward: DistributedDataParallel
+and DeepSpeed count on that. Lightning would wrap the whole training step instead.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from torch import Tensor
+
+from mmgem.config import Config, TrainingConfig
+from mmgem.precision import at_least_fp32
+from mmgem.training.ranks import Ranks
+from mmgem.training.saved import TAG, Saved
+
+
+class Engine:
+    """The wrapped model of a trainer, for the time of one step."""
+
+    def __init__(self, trainer: L.Trainer):
+        self.trainer, self.strategy = trainer, trainer.strategy
+        self.deepspeed = isinstance(trainer.strategy, DeepSpeedStrategy)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        assert self.strategy.model is not None
+        with self.trainer.precision_plugin.forward_context():
+            return self.strategy.model(*args, **options)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """last: of the step's micro-batches; before it the ranks need not yet add up their gradients."""
+        if self.deepspeed:
+            engine: Any = self.strategy.model
+            engine.set_gradient_accumulation_boundary(last)
+            engine.backward(loss, scale_wrt_gas=False)
+            return
+        block = getattr(self.strategy.model, "no_sync", None)
+        with block() if block is not None and not last else nullcontext():
+            loss.backward()
+
+    def step(self, clip_grad: float, lr_factor: float) -> None:
+        """Clips (DeepSpeed does it itself), sets the learning rate and moves the weights. Also counts the step."""
+        optimizer: Any = self.trainer.lightning_module.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * lr_factor
+        if clip_grad and not self.deepspeed:
+            torch.nn.utils.clip_grad_norm_(self.trainer.lightning_module.parameters(), clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def resolve(config: Config, ranks: Ranks, cuda: bool, saved: Saved | None) -> str:
+    """The strategy's name, `auto` resolved: `none` on a single rank that needs no engine."""
+    strategy = config.training.strategy
+    if strategy == "auto" and saved is not None and saved.in_parts:
+        return saved.strategy
+    plain = any(stage.ema for stage in config.stages) or config.training.precision == "64"
+    if strategy == "auto" and ranks.count > 1:
+        strategy = "deepspeed_1" if cuda and not plain else "ddp"
+    return "none" if ranks.count == 1 and strategy in ("auto", "ddp") else strategy
+
+
+def shares_out_weights(name: str) -> bool:
+    """Whether no rank holds the whole model between steps."""
+    return name in ("deepspeed_3", "fsdp2")
+
+
+def make_strategy(
+    name: str, training: TrainingConfig, ranks: Ranks, device: torch.device, clip_grad: float, universal: bool
+) -> Any:
+    """name: resolved. clip_grad: of the stage; DeepSpeed wants to know before. universal: the checkpoint to go on from
+    is in that form."""
+    if name == "none":
+        return "auto"
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if name == "ddp":
+        # A tower may have parameters that its map does not depend on.
+        return DDP(process_group_backend=backend, find_unused_parameters=True)
+    if name == "fsdp2":
+        return ModelParallelStrategy(
+            data_parallel_size=ranks.count,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=backend,
+        )
+    _prepare_deepspeed(device)
+    settings = deepspeed_settings(training, int(name[-1]), device, clip_grad)
+    if universal:
+        settings["checkpoint"] = {"load_universal": True}
+    kind = CpuDeepSpeed if device.type == "cpu" else DeepSpeed
+    return kind(config=settings, process_group_backend=backend, exclude_frozen_parameters=True)
+
+
+def deepspeed_settings(training: TrainingConfig, stage: int, device: torch.device, clip_grad: float) -> dict[str, Any]:
+    """DeepSpeed's own settings: ours, under those of `training.deepspeed`."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": device.type == "cuda",
+        "reduce_scatter": device.type == "cuda",  # gloo has none
+    }
+    if training.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if training.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    ours = {
+        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own figures only, which nobody reads
+        "gradient_clipping": clip_grad,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return _merged(ours, training.deepspeed)
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        inner = merged.get(key)
+        merged[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _prepare_deepspeed(device: torch.device) -> None:
+    if device.type != "cpu":
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
+
+    # It would be compiled for most of a minute, and serves inference.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def save(trainer: L.Trainer, path: Path) -> None:
+    """All ranks together. Raises OSError or RuntimeError on a rank that could not write."""
+    trainer.save_checkpoint(path)
+    error = getattr(trainer.strategy, "save_error", None)
+    if error is not None:
+        trainer.strategy.save_error = None  # pyright: ignore[reportAttributeAccessIssue]
+        raise error
+
+
+def whole_state(trainer: L.Trainer) -> dict[str, Tensor] | None:
+    """The model's state, whole and in fp32, where the strategy has taken the model apart; all ranks must ask."""
+    return trainer.strategy.whole_state() if isinstance(trainer.strategy, DeepSpeed) else None
+
+
+def whole_buffers(trainer: L.Trainer, model: torch.nn.Module) -> dict[str, Tensor]:
+    """The model's buffers in fp32, as they were before the strategy cast them, unless they have moved since."""
+    names = set(model.state_dict(keep_vars=True))
+    buffers = {name: b.detach().cpu().clone() for name, b in model.named_buffers() if name in names}
+    kept = trainer.strategy.kept if isinstance(trainer.strategy, DeepSpeed) else {}
+    return {name: _exact(buffer, kept.get(name)) for name, buffer in buffers.items()}
+
+
+def _exact(now: Tensor, before: Tensor | None) -> Tensor:
+    """In fp32: `before` where `now` is it, only cast."""
+    if before is not None and torch.equal(before.to(now.dtype), now):
+        return before
+    return at_least_fp32(now) if now.is_floating_point() else now
+
+
+class _StepByStep(Strategy):
+    """The training step itself is not wrapped: the forwards in it are. A checkpoint that a rank cannot write must not
+    keep the others waiting: its error is kept for later, when all look for one."""
+
+    save_error: Exception | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except (OSError, RuntimeError) as e:
+            self.save_error = e
+
+    def training_step(self, *args: Any, **options: Any) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module.training_step(*args, **options)
+
+
+class DDP(_StepByStep, DDPStrategy):
+    pass
+
+
+class DeepSpeed(_StepByStep, DeepSpeedStrategy):
+    """Lightning's, for the parameters it finds; and the weights as they were before DeepSpeed took them apart."""
+
+    def setup(self, trainer: L.Trainer) -> None:
+        assert self.model is not None
+        for parameter in self.model.parameters():
+            # DeepSpeed sends their bytes as they lie, and 1 x 1 kernels count as contiguous in either layout.
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        inner: Any = self.model.model
+        kept = [*inner.named_buffers(), *((n, p) for n, p in inner.named_parameters() if not p.requires_grad)]
+        self.kept = {name: tensor.detach().cpu().clone() for name, tensor in kept}
+        rotary = {name: tensor for name, tensor in self.kept.items() if name.endswith("inv_freq")}
+        super().setup(trainer)
+        # bf16 would turn late positions the wrong way.
+        for name, exact in rotary.items():
+            inner.get_buffer(name).data = exact.to(self.root_device)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        engine: Any = self.model
+        write = engine.checkpoint_engine.save
+
+        def keep_error(*args: Any, **options: Any) -> None:
+            try:
+                write(*args, **options)
+            except (OSError, RuntimeError) as e:
+                self.save_error = e
+
+        engine.checkpoint_engine.save = keep_error
+        try:
+            engine.save_checkpoint(
+                str(filepath),
+                tag=TAG,
+                client_state={k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")},
+                save_latest=False,
+                exclude_frozen_parameters=True,
+            )
+        finally:
+            engine.checkpoint_engine.save = write
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        # From the universal form, ZeRO 3 gives all groups the first one's settings, e.g. its weight decay.
+        groups = self.optimizers[0].param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        content = super().load_checkpoint(checkpoint_path, weights_only)
+        for group, own in zip(self.optimizers[0].param_groups, settings, strict=True):
+            group.update(own)
+        return content
+
+    @torch.no_grad()
+    def whole_state(self) -> dict[str, Tensor]:
+        """The inner model's state, whole and in fp32, on each rank; all ranks must ask."""
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        assert self.lightning_module is not None
+        inner: Any = self.lightning_module.model
+        state = whole_buffers(self.lightning_module.trainer, inner)
+        for name, parameter in inner.named_parameters(remove_duplicate=False):
+            whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if whole is None:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    whole = _exact(parameter.detach().cpu().clone(), self.kept.get(name))
+            state[name] = whole.detach().cpu()
+        return state
+
+
+class CpuDeepSpeed(DeepSpeed):
+    """DeepSpeed over gloo, which Lightning allows on GPUs alone: for tests, and to look at a GPU's run without one."""
+
+    def setup_environment(self) -> None:
+        ParallelStrategy.setup_environment(self)
+        self.setup_distributed()
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)
