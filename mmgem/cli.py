@@ -247,6 +247,31 @@ def run_embed(args: Arguments) -> int:
     return 0
 
 
+# --- export ------------------------------------------------------------------------------------
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder, finished or not")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder, or that of an older export")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="CHECKPOINT",
+        help="another one, e.g. best.ckpt (default: the finished model, or else the newest checkpoint)",
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights in the file"
+    )
+
+
+def run_export(args: Arguments) -> int:
+    from mmgem.training.export import export
+
+    for line in export(args.folder, args.out, args.checkpoint, args.dtype):
+        print(line)
+    print(args.out)
+    return 0
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, type=Path, metavar="M", help="a run folder, or what save_pretrained wrote"
@@ -305,6 +330,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "caption": ("write captions for pictures", add_caption, run_caption),
     "regions": ("caption, embed and compare boxes of a picture", add_regions, run_regions),
     "embed": ("vectors of pictures or texts, into a file", add_embed, run_embed),
+    "export": ("a run's model as a folder to use and share, with a model card", add_export, run_export),
 }
 
 

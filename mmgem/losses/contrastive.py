@@ -5,8 +5,8 @@ those of all ranks. Refuses nothing.
 
 Of the two sides only the texts are sent: each rank scores its own rows against the texts of all, a tile of rows at a
 time, and again in the backward pass. So the scores never exist as a whole, and a rank needs memory for the texts'
-vectors and a tile. Gradients follow the convention of DistributedDataParallel and ZeRO, which average those of the ranks: each
-rank gives its rows' part of the gradient of the one global loss, times the number of ranks.
+vectors and a tile. Gradients follow the convention of DistributedDataParallel and ZeRO, which average those of the
+ranks: each rank gives its rows' part of the gradient of the one global loss, times the number of ranks.
 """
 
 from __future__ import annotations

@@ -33,18 +33,24 @@ def save_pretrained(model: MMGem, path: Path) -> None:
     """
     from safetensors.torch import save_model
 
-    if path.exists() and not (path.is_dir() and (_is_ours(path) or not any(path.iterdir()))):
-        raise UserError(f"{path}: holds something other than a model; save to a new or empty folder")
+    refuse_to_replace(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         save_model(model, str(unfinished / "model.safetensors"))
+        (unfinished / "model.safetensors").chmod(0o644)  # as the others, not for the owner alone
         model.codec.tokenizer.save_pretrained(unfinished)
         (unfinished / "config.json").write_text(config_json(model))
         unfinished.chmod(0o755)
         replace_folder(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def refuse_to_replace(path: Path) -> None:
+    """Raises UserError where something other than a model would be lost; files beside one count as its own."""
+    if path.exists() and not (path.is_dir() and (_is_ours(path) or not any(path.iterdir()))):
+        raise UserError(f"{path}: holds something other than a model; save to a new or empty folder")
 
 
 def replace_folder(new: Path, place: Path) -> None:

@@ -30,7 +30,7 @@ FREE_SETTINGS = ("run", "training.", "data.workers", "data.path", "data.cache", 
 FREE_PLACES = re.compile(r"data\.sources\.\d+\.path|stages\.\d+\.micro_batch")
 BOUND_SETTINGS = ("training.precision",)
 
-UNFINISHED = ".unfinished"
+UNFINISHED, GOING = ".unfinished", ".going"
 LOSSES = "losses.json"
 """Beside the checkpoints: the mean loss before each, over the steps since the one before it."""
 
@@ -122,8 +122,11 @@ class RunFolder:
                 "with --resume auto"
             )
         if ranks.first:
-            _remove(place)  # of the same step: from before a restart, or an end that is also due
+            old = place.with_suffix(GOING)
+            if place.is_dir():  # of the same step; a file would be replaced at once
+                os.rename(place, old)
             os.replace(unfinished, place)
+            _remove(old)
             _point(self.checkpoints / "last.ckpt", place)
         return place
 
@@ -167,7 +170,7 @@ class RunFolder:
                 lines = [line for line in _split(file) if _step_of(line) <= run_step]
                 write_atomically(file, "".join(f"{line}\n" for line in lines))
         later = [c for c in self.checkpoints.glob("step-*.ckpt") if c.name > _checkpoint_name(run_step)]
-        for file in [*later, *self.checkpoints.glob(f"*{UNFINISHED}")]:
+        for file in [*later, *self.checkpoints.glob(f"*{UNFINISHED}"), *self.checkpoints.glob(f"*{GOING}")]:
             _remove(file)
         newest = self.newest()
         if newest is not None:
@@ -224,7 +227,7 @@ def _remove(path: Path) -> None:
     """A file, or a folder with all that it holds; renamed first, so that what is left after a kill is not taken for a
     checkpoint."""
     if path.is_dir() and not path.is_symlink():
-        going = path.with_suffix(UNFINISHED) if path.suffix != UNFINISHED else path
+        going = path.with_suffix(GOING)
         if going != path:
             shutil.rmtree(going, ignore_errors=True)
             os.rename(path, going)

@@ -233,12 +233,16 @@ class DeepSpeed(_StepByStep, DeepSpeedStrategy):
             engine.checkpoint_engine.save = write
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        # From the universal form, ZeRO 3 gives all groups the first one's settings, e.g. its weight decay.
-        groups = self.optimizers[0].param_groups
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        # From the universal form, ZeRO 3 gives all groups the first one's settings, e.g. its weight decay, and all one
+        # counter of steps, which each of them then moves.
+        optimizer: Any = self.optimizers[0]
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         content = super().load_checkpoint(checkpoint_path, weights_only)
-        for group, own in zip(self.optimizers[0].param_groups, settings, strict=True):
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update(own)
+        for state in optimizer.state.values():
+            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
         return content
 
     @torch.no_grad()

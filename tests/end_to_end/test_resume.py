@@ -46,7 +46,7 @@ def copy(unbroken: Path, tmp_path: Path) -> Path:
 
 def interrupt(run: Path, after_step: int) -> None:
     """Makes a copy of the unbroken run look as if it had been killed some steps after its checkpoint of this step."""
-    for checkpoint in (run / "checkpoints").iterdir():
+    for checkpoint in (run / "checkpoints").glob("step-*.ckpt"):
         if int(checkpoint.stem.removeprefix("step-")) > after_step:
             checkpoint.unlink()
     shutil.rmtree(run / "model")

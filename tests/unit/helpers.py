@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mmgem import MMGem
 from mmgem.config import LlmConfig, ModelConfig, VisionConfig
 from mmgem.data.samples import Region, Sample
 from mmgem.data.writer import ShardWriter
+from mmgem.losses.contrastive import contrastive_loss
+from mmgem.losses.pairs import find_pairs
 from mmgem.model.vision import create_tower
 from mmgem.text import TextCodec, train_tokenizer
 
@@ -156,3 +159,27 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     found = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     assert found, "nothing has a gradient"
     return found
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def with_mask(x_NE: Tensor, y_ME: Tensor, positive_NM: Tensor, logit_scale: Tensor, **options: Any) -> Tensor:
+    """The loss with these positives: a text is given to each of its rows, or to nobody."""
+    owners, texts = positive_NM.nonzero().unbind(1)
+    nobody = (~positive_NM.any(dim=0)).nonzero()[:, 0]
+    owners, texts = torch.cat([owners, torch.full_like(nobody, -1)]), torch.cat([texts, nobody])
+    return contrastive_loss(x_NE, torch.arange(len(x_NE)), y_ME[texts], owners, texts, logit_scale, **options)
+
+
+def positives(owner_N: Tensor, text_owner_M: Tensor, text_M: Tensor) -> Tensor:
+    """N x M: each pair with a distinct text, spread over all texts that are equal to it."""
+    pairs = find_pairs(owner_N, text_owner_M, text_M)
+    distinct = text_M[pairs.kept_m]
+    positive_NU = torch.zeros(len(owner_N), len(distinct), dtype=torch.bool)
+    positive_NU[pairs.row_P, pairs.column_P] = True
+    assert pairs.positives_N.tolist() == positive_NU.sum(1).tolist()
+    assert pairs.positives_U.tolist() == positive_NU.sum(0).tolist()
+    assert (pairs.rows, pairs.texts) == (int(positive_NU.any(1).sum()), int(positive_NU.any(0).sum()))
+    assert len(pairs.row_P) == positive_NU.sum() and pairs.counts == [len(distinct)]
+    return positive_NU.int() @ (distinct[:, None] == text_M[None]).int() > 0

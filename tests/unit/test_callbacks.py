@@ -19,9 +19,10 @@ from mmgem.config import Config, LlmConfig, ModelConfig, StageConfig, VisionConf
 from mmgem.data.batch import Broken
 from mmgem.errors import UserError
 from mmgem.training.callbacks import BrokenSamples
-from mmgem.training.checkpoint import RunFolder, RunState, append_line, read_state, state_tree
+from mmgem.training.checkpoint import RunFolder, append_line
 from mmgem.training.module import StageModule
 from mmgem.training.ranks import Ranks
+from mmgem.training.saved import RunState, read_checkpoint, run_state_tree
 from mmgem.training.signals import SIGNALS, Stopped, stop_if_asked, stopping_at_once
 
 # --- broken samples --------------------------------------------------------------------------------
@@ -146,13 +147,15 @@ def test_a_signal_that_python_would_lose_stops_later(monkeypatch: pytest.MonkeyP
 # --- the run's folder ----------------------------------------------------------------------------------
 
 
-class Trainer:
-    """Writes what it is told to, as Lightning's does."""
+def write(path: Path) -> dict[str, Any]:
+    path.write_text("weights")
+    return {}
 
-    is_global_zero = True
 
-    def save_checkpoint(self, path: Path) -> None:
-        path.write_text("weights")
+def save(folder: RunFolder, step: int, keep: int = 9, best: bool = False, loss: float | None = None) -> Path:
+    place = folder.save_checkpoint(write, step, Ranks())
+    folder.keep_checkpoints(keep, best, loss)
+    return place
 
 
 def config(**settings: Any) -> Config:
@@ -161,43 +164,72 @@ def config(**settings: Any) -> Config:
 
 
 def names(folder: RunFolder) -> list[str]:
-    return sorted(p.name for p in folder.checkpoints.iterdir())
+    """Of what lies beside the checkpoints, too, but for the links and the losses."""
+    return sorted(p.name for p in folder.checkpoints.iterdir() if not p.is_symlink() and p.name != "losses.json")
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     assert folder.begin(config(), "never", "sum") is None
     for step in (5, 10, 100):
-        place = folder.save_checkpoint(Trainer(), step, keep=2)
+        place = save(folder, step, keep=2)
+        assert (folder.checkpoints / "last.ckpt").resolve() == place
         assert folder.newest() == place and place.read_text() == "weights"
     assert names(folder) == ["step-00000010.ckpt", "step-00000100.ckpt"]
 
 
-def test_a_save_that_fails_leaves_the_older_one(tmp_path: Path) -> None:
-    class Full(Trainer):
-        def save_checkpoint(self, path: Path) -> None:
-            path.write_text("wei")
-            raise OSError("disk full")
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config(), "never", "sum")
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)):
+        save(folder, step, keep=1, best=True, loss=loss)
+    assert names(folder) == ["step-00000002.ckpt", "step-00000004.ckpt"]
+    best, last = folder.checkpoints / "best.ckpt", folder.checkpoints / "last.ckpt"
+    assert (best.resolve().name, last.resolve().name) == ("step-00000002.ckpt", "step-00000004.ckpt")
+    save(RunFolder(folder.path), 5, keep=1, best=True, loss=0.5)  # a resumed run knows the losses of before
+    assert names(folder) == ["step-00000005.ckpt"] and best.resolve() == last.resolve()
+
+
+def test_a_checkpoint_in_parts_is_completed_and_replaced(tmp_path: Path) -> None:
+    def write_parts(path: Path) -> dict[str, Any]:
+        (path / "checkpoint").mkdir(parents=True)
+        (path / "checkpoint" / "part").write_text("of a rank")
+        return {"run_state": {}}
 
     folder = RunFolder(tmp_path / "run")
     folder.begin(config(), "never", "sum")
-    first = folder.save_checkpoint(Trainer(), 5, keep=1)
-    with pytest.raises(OSError, match="disk full"):
-        folder.save_checkpoint(Full(), 10, keep=1)
+    for _ in range(2):  # of the same step again, as after a kill before its line in the log
+        place = folder.save_checkpoint(write_parts, 5, Ranks())
+    assert (place / "state.pt").is_file() and (place / "checkpoint" / "part").read_text() == "of a rank"
+    save(folder, 6, keep=1)
+    assert names(folder) == ["step-00000006.ckpt"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_save_that_fails_leaves_the_older_one(tmp_path: Path, error: Exception) -> None:
+    def fail(path: Path) -> dict[str, Any]:
+        path.write_text("wei")
+        raise error
+
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(config(), "never", "sum")
+    first = save(folder, 5)
+    with pytest.raises(UserError, match=f"00010.ckpt: cannot be saved .{error}.*00005.ckpt stands; make room"):
+        folder.save_checkpoint(fail, 10, Ranks())
     assert folder.newest() == first and first.read_text() == "weights"
-    folder.forget_after(5)
-    assert names(folder) == [first.name]
+    assert names(folder) == [first.name], "what was half written takes no room"
 
 
 def test_forgetting_what_will_be_done_again(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.begin(config(), "never", "sum")
     for step in (2, 4):
-        folder.save_checkpoint(Trainer(), step, keep=9)
+        save(folder, step)
     lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
     folder.log.write_text("\n".join(lines) + '\n{"step": 5, "lo')
     folder.samples.write_text("\n".join([lines[1], lines[1], lines[3]]))
     (folder.checkpoints / "notes.txt").write_text("mine")
+    (folder.checkpoints / "step-00000003.unfinished").mkdir()
     folder.forget_after(2)
     assert folder.log.read_text() == f"{lines[0]}\n{lines[1]}\n"
     assert folder.samples.read_text() == f"{lines[1]}\n{lines[1]}\n"
@@ -223,7 +255,7 @@ def test_what_a_going_on_may_change(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.begin(config(run="a"), "never", "sum")
     folder.write_facts(data={"train": "sum"})
-    checkpoint = folder.save_checkpoint(Trainer(), 5, keep=1)
+    checkpoint = save(folder, 5)
     free = config(run="b")
     free.data.workers, free.data.path = 3, "elsewhere"
     free.training.threads, free.training.sample_every, free.training.device = 2, 7, "cpu"
@@ -246,12 +278,28 @@ def test_what_a_going_on_may_change(tmp_path: Path) -> None:
         folder.begin(longer, "auto", "sum")
 
 
-def test_state_of_a_checkpoint(tmp_path: Path) -> None:
+def test_what_a_checkpoint_says(tmp_path: Path) -> None:
     import torch
 
-    torch.save({"run_state": state_tree(RunState(1, 320)), "state_dict": {}}, tmp_path / "c.ckpt")
-    state, content = read_state(tmp_path / "c.ckpt")
-    assert state == RunState(stage=1, samples=320) and "state_dict" in content
-    torch.save({"run_state": {"stage": 1, "moon": "full"}}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="other.ckpt: not a checkpoint of mmgem"):
-        read_state(tmp_path / "other.ckpt")
+    content: dict[str, Any] = {
+        "run_state": run_state_tree(RunState(1, 320)),
+        "state_dict": {"model.h1.bias": torch.ones(2)},
+        "settings": {"seed": 3},
+        "data": {},
+        "architecture": "{}",
+        "temperature": {"values": {"logit_scale": torch.tensor(2.0)}},
+        "frozen": [],
+        "strategy": "none",
+        "ranks": 1,
+    }
+    torch.save(content, tmp_path / "c.ckpt")
+    saved = read_checkpoint(tmp_path / "c.ckpt")
+    assert saved.run_state == RunState(stage=1, samples=320) and not saved.in_parts
+    assert {name: tensor.tolist() for name, tensor in saved.weights().items()} == {
+        "h1.bias": [1.0, 1.0],
+        "logit_scale": 2.0,
+    }
+    for bad in ({**content, "run_state": {"stage": 1, "moon": "full"}}, {"run_state": {}}):
+        torch.save(bad, tmp_path / "other.ckpt")
+        with pytest.raises(UserError, match="other.ckpt: not a checkpoint of mmgem"):
+            read_checkpoint(tmp_path / "other.ckpt")

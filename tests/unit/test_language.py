@@ -11,14 +11,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import LLAMA, TEXTS, assert_same_gradients, build, codec, distance, gradients, model_config, shared_model
+from helpers import (
+    LLAMA,
+    TEXTS,
+    assert_same_gradients,
+    build,
+    codec,
+    distance,
+    gradients,
+    model_config,
+    shared_model,
+    with_mask,
+)
 from torch import Tensor
 
 from mmgem import MMGem
 from mmgem.config import LlmConfig
 from mmgem.errors import UserError
-from mmgem.losses.caption import caption_loss
-from mmgem.losses.contrastive import info_nce
 from mmgem.model.language import LanguageModel, packed_mask
 from mmgem.text import PackedTexts, TextCodec, pack_texts, train_tokenizer
 
@@ -72,7 +81,7 @@ def alone(model: MMGem, ids: list[int], v_E: Tensor) -> tuple[Tensor, Tensor]:
 
 def losses(model: MMGem, t_ME: Tensor, v_ME: Tensor, logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
     positive_MM = torch.eye(len(t_ME), dtype=torch.bool)
-    return info_nce(v_ME, t_ME, positive_MM, model.logit_scale), caption_loss(logits_TV, labels_T)
+    return with_mask(v_ME, t_ME, positive_MM, model.logit_scale), F.cross_entropy(logits_TV, labels_T)
 
 
 @pytest.mark.parametrize(("name", "attention"), BACKENDS)

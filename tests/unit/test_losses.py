@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import positives, with_mask
 from torch import Tensor
 
 from mmgem.losses import caption, contrastive
@@ -21,14 +21,6 @@ SCALE = torch.tensor(math.log(1 / 0.07))
 def vectors(x: int = 6, y: int = 9, width: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(x, width, generator=generator), torch.randn(y, width, generator=generator) * 3
-
-
-def with_mask(x_NE: Tensor, y_ME: Tensor, positive_NM: Tensor, logit_scale: Tensor, **options: Any) -> Tensor:
-    """The loss with these positives: a text is given to each of its rows, or to nobody."""
-    owners, texts = positive_NM.nonzero().unbind(1)
-    nobody = (~positive_NM.any(dim=0)).nonzero()[:, 0]
-    owners, texts = torch.cat([owners, torch.full_like(nobody, -1)]), torch.cat([texts, nobody])
-    return contrastive_loss(x_NE, torch.arange(len(x_NE)), y_ME[texts], owners, texts, logit_scale, **options)
 
 
 @pytest.fixture(autouse=True, params=[1 << 22, 12], ids=["one tile", "tiles of a row or two"])
@@ -219,19 +211,6 @@ def test_hard_negatives_are_rows_and_texts_of_nobody():
 
 
 # --- who belongs to whom ---------------------------------------------------------------------------------------------
-
-
-def positives(owner_N: Tensor, text_owner_M: Tensor, text_M: Tensor) -> Tensor:
-    """N x M: each pair with a distinct text, spread over all texts that are equal to it."""
-    pairs = find_pairs(owner_N, text_owner_M, text_M)
-    distinct = text_M[pairs.kept_m]
-    positive_NU = torch.zeros(len(owner_N), len(distinct), dtype=torch.bool)
-    positive_NU[pairs.row_P, pairs.column_P] = True
-    assert pairs.positives_N.tolist() == positive_NU.sum(1).tolist()
-    assert pairs.positives_U.tolist() == positive_NU.sum(0).tolist()
-    assert (pairs.rows, pairs.texts) == (int(positive_NU.any(1).sum()), int(positive_NU.any(0).sum()))
-    assert len(pairs.row_P) == positive_NU.sum() and pairs.counts == [len(distinct)]
-    return positive_NU.int() @ (distinct[:, None] == text_M[None]).int() > 0
 
 
 def test_captions_of_one_image_and_equal_captions_belong_together():

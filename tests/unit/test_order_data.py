@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TEXTS, codec, encoded, picture, sample, write_split
+from helpers import TEXTS, codec, encoded, picture, positives, sample, write_split
 from torch import Tensor
 
 from mmgem.config import DataConfig, LossConfig, SourceConfig, StageConfig
@@ -22,7 +22,6 @@ from mmgem.data.sources import Sources, open_split, open_training_data
 from mmgem.data.transforms import plain_view
 from mmgem.errors import UserError
 from mmgem.images import Preprocess
-from mmgem.losses.contrastive import positives
 from mmgem.text import PackedTexts
 
 PREPROCESS = Preprocess(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -66,7 +65,7 @@ def flat(value: Any) -> list[Any]:
 
 
 def batches(data: StageData) -> list[Batch]:
-    return list(data.train_dataloader())
+    return [batch for share in data.train_dataloader() for batch in share.micros]
 
 
 # --- reader ----------------------------------------------------------------------------------------------------------
