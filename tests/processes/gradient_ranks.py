@@ -181,6 +181,9 @@ def first_model(name: str) -> MMGem:
         for parameter in model.vision.parameters():
             if parameter.ndim == 1:  # biases of 0 and norms of 0, behind which nothing would have a gradient
                 parameter += 0.2 * torch.randn_like(parameter)
+        # As `standardise` would: without it all pictures' vectors point nearly one way, and gradients cancel.
+        pictures = torch.stack([item.picture for item in items()])
+        model.set_standard(model.aggregator.image(model.vision.eval()(pictures)))
     return model
 
 

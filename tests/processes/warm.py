@@ -7,6 +7,7 @@ its ranks, too.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
@@ -131,9 +132,11 @@ def _forks() -> subprocess.Popen[str]:
     # As `mmgem` and its strategies set them themselves, before they import.
     early = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, __file__]
-    return subprocess.Popen(
+    forks = subprocess.Popen(
         command, stdin=subprocess.PIPE, text=True, bufsize=1, env={**os.environ, **early}, start_new_session=True
     )
+    atexit.register(forks.communicate)  # closes its input, and waits
+    return forks
 
 
 # --- the process that forks -----------------------------------------------------------------------------------------
