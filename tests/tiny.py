@@ -21,7 +21,7 @@ from mmgem.cli import main
 CONFIG = Path(__file__).with_name("tiny.yaml")
 STEPS = 25
 """Of each of the two stages."""
-TIMINGS = ("samples_per_s",)
+TIMINGS = ("samples_per_s", "tokens_per_s", "tflops", "mfu", "memory_gb")
 # Where losses are to be compared between machines or numbers of ranks, rounding is what differs, and training in fp32
 # makes it large within a few steps. Llama's layers round to fp32 whatever they are given (RMSNorm, rotary positions),
 # GPT-2's do not. A trained batch norm counts over a rank's own pictures, and dropout draws for each rank.

@@ -1,4 +1,4 @@
-"""GradCache: the gradient of a loss over vectors that were never in memory together (Gao et al. 2021, arXiv 2101.06983).
+"""GradCache: the gradient of a loss over vectors that were never in memory together (Gao et al. 2021, 2101.06983).
 
 Receives the vectors of each micro-batch, computed without a graph, and a loss over all of them. Gives the loss and each
 micro-batch's gradients, which its second forward, with a graph, takes the place of: Σ vectors · gradients has the

@@ -9,7 +9,7 @@ FLOPs are those of matrix products, convolutions and attention, a multiplication
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import accumulate
@@ -30,7 +30,7 @@ from mmgem.losses.caption import parts_of_vocabulary
 from mmgem.model import MMGem
 from mmgem.precision import at_least_fp32
 from mmgem.text import PackedTexts, TextCodec, pack_texts
-from mmgem.training.optim import freeze
+from mmgem.training.optim import freeze, set_modes
 
 # --- parameters -----------------------------------------------------------------------------------------------------
 
@@ -48,12 +48,7 @@ def set_stage(model: MMGem, stage: StageConfig) -> None:
     """What trains in the stage, and the modes of its training: frozen parts stay in evaluation."""
     freeze(model.parts(), stage, {id(p) for p in model.vision.frozen_parameters()})
     model.vision.set_patch_dropout(stage.patch_dropout)
-    model.train()
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
-            module.eval()
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
+    set_modes(model.train())
 
 
 def largest_block(model: MMGem) -> int:
@@ -100,6 +95,10 @@ class TextCounts:
             padded_tokens=rows * length,
             padded_pairs=rows * length**2,
         )
+
+    @classmethod
+    def sum(cls, counts: Sequence[TextCounts]) -> TextCounts:
+        return cls(*(sum(getattr(c, f.name) for c in counts) for f in fields(cls)))
 
     def times(self, factor: float) -> TextCounts:
         return TextCounts(*(round(getattr(self, f.name) * factor) for f in fields(self)))

@@ -157,8 +157,3 @@ def uses_bf16(config: Config) -> bool:
     # torch has no public question for a CPU's bf16 instructions.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-
-
-def count_parameters(model: MMGem) -> dict[str, int]:
-    counts = {part: sum(p.numel() for _, p in parameters) for part, parameters in model.parts().items()}
-    return {**counts, "all": sum(counts.values())}

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,6 +30,7 @@ from mmgem.training.ranks import Ranks
 from mmgem.training.saved import RunState, run_state_tree
 from mmgem.training.signals import SIGNALS, stop_at_once, stop_if_asked
 from mmgem.training.strategy import save, whole_buffers
+from mmgem.training.throughput import Throughput
 
 FIRST_LINE = 10
 """The step after which a log without a terminal gets its first line; later ones come by time."""
@@ -90,8 +90,17 @@ def _name_of(line: dict[str, Any]) -> tuple[Any, ...]:
 class StepLog(L.Callback):
     """log.jsonl, one line a step, and the progress on the screen; keys.jsonl, if it is wanted."""
 
-    def __init__(self, folder: RunFolder, steps_before: int, ranks: Ranks, broken: BrokenSamples, keys: bool = False):
+    def __init__(
+        self,
+        folder: RunFolder,
+        steps_before: int,
+        ranks: Ranks,
+        broken: BrokenSamples,
+        throughput: Throughput,
+        keys: bool = False,
+    ):
         self.folder, self.steps_before, self.ranks, self.broken, self.keys = folder, steps_before, ranks, broken, keys
+        self.throughput = throughput
         self.file: TextIO | None = None
         self.cut = 0
 
@@ -103,13 +112,14 @@ class StepLog(L.Callback):
         done = trainer.global_step
         self.progress = Progress(pl_module.stage.name, pl_module.steps, "steps", done)
         self.progress.__enter__()
-        self.clock = time.monotonic()
+        self.throughput.start()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Share, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, StageModule)
-        texts_cut, regions = (int(n) for n in self.ranks.sums(batch.texts_cut, batch.regions))
+        own = batch.texts_cut, batch.regions, *self.throughput.counts(batch)
+        texts_cut, regions, tokens, flops = self.ranks.sums(*own)
         step = batch_idx + 1
         if self.keys:
             keys = self.ranks.lists(batch.keys)
@@ -117,9 +127,7 @@ class StepLog(L.Callback):
                 append_line(self.folder.keys, {"step": self.steps_before + step, "keys": keys})
         if self.file is None:
             return
-        now = time.monotonic()
-        rate, self.clock = pl_module.stage.global_batch / max(now - self.clock, 1e-9), now
-        self.cut += texts_cut
+        self.cut += int(texts_cut)
         line = {
             "step": self.steps_before + step,
             "stage": pl_module.stage.name,
@@ -130,10 +138,11 @@ class StepLog(L.Callback):
             **{k: v for k, v in pl_module.last.items() if k.startswith("loss_region")},
             "lr": pl_module.stage.lr * pl_module.lr_factor(batch_idx),
             "logit_scale": pl_module.last["logit_scale"],
-            "samples_per_s": round(rate, 2),
-            "regions": regions,
-            "texts_cut": texts_cut,
+            "regions": int(regions),
+            "tokens": int(tokens),
+            "texts_cut": int(texts_cut),
             "broken": self.broken.in_step,
+            **self.throughput.figures(tokens, flops),
         }
         self.file.write(json.dumps(line) + "\n")
         metrics = {k: v for k, v in line.items() if k not in ("stage", "step") and v is not None}

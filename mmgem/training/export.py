@@ -35,7 +35,8 @@ from mmgem.errors import UserError, one_line
 from mmgem.model import MMGem
 from mmgem.model.pretrained import inherit, parse_config, refuse_to_replace, replace_folder, save_pretrained
 from mmgem.training import frozen
-from mmgem.training.build import count_parameters, fill, make_tokenizer
+from mmgem.training.arithmetic import count_parameters
+from mmgem.training.build import fill, make_tokenizer
 from mmgem.training.card import Facts, card, find_results, shown_source, split_facts
 from mmgem.training.checkpoint import RunFolder, versions
 from mmgem.training.saved import Saved, read_checkpoint

@@ -25,7 +25,7 @@ from mmgem.losses.contrastive import contrastive_loss
 from mmgem.losses.gather import sum_over_ranks
 from mmgem.model import MMGem, Output
 from mmgem.precision import at_least_fp32
-from mmgem.training.optim import freeze, make_optimizer, schedule
+from mmgem.training.optim import freeze, make_optimizer, schedule, set_modes
 from mmgem.training.ranks import Ranks
 from mmgem.training.strategy import Engine
 from mmgem.training.temperature import Temperature
@@ -66,14 +66,8 @@ class StageModule(L.LightningModule):
         self.train()  # Lightning leaves the modes as they are
 
     def train(self, mode: bool = True) -> StageModule:
-        """Frozen parts, and a trunk before `train_from`, stay in evaluation: no dropout, no moving statistics."""
         super().train(mode)
-        for module in self.model.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
-                module.eval()
-                # transformers recomputes activations in training only, and a gradient may pass through a frozen LLM.
-                module.training = mode and getattr(module, "gradient_checkpointing", False)
+        set_modes(self.model)
         return self
 
     # --- one step -----------------------------------------------------------------------------------------------------

@@ -25,6 +25,18 @@ def freeze(parts: Parts, stage: StageConfig, always_frozen: set[int]) -> None:
             parameter.requires_grad_(part not in stage.freeze and id(parameter) not in always_frozen)
 
 
+def set_modes(model: nn.Module) -> None:
+    """Of a model in training or evaluation: frozen parts, and a trunk before `train_from`, stay in evaluation, without
+    dropout and moving statistics."""
+    mode = model.training
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+            # transformers recomputes activations in training only, and a gradient may pass through a frozen LLM.
+            module.training = mode and getattr(module, "gradient_checkpointing", False)
+
+
 def make_optimizer(parts: Parts, stage: StageConfig) -> torch.optim.AdamW:
     """Groups by part and by decay: vectors and scalars (norms, biases) are not decayed."""
     groups = []

@@ -18,7 +18,8 @@ from mmgem.config import Config
 from mmgem.data.plan import Machines, refuse_impossible, stage_steps
 from mmgem.data.sources import Sources, open_training_data
 from mmgem.model import MMGem
-from mmgem.training.build import build, choose_device, count_parameters
+from mmgem.training.arithmetic import count_parameters
+from mmgem.training.build import build, choose_device
 from mmgem.training.checkpoint import RunFolder
 from mmgem.training.ranks import Ranks, process_group
 from mmgem.training.saved import RunState, read_checkpoint, refuse_other_strategy

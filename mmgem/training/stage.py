@@ -34,6 +34,7 @@ from mmgem.training.module import NotFinite, StageModule
 from mmgem.training.ranks import Ranks, StartedRanks
 from mmgem.training.saved import Saved, for_ranks
 from mmgem.training.strategy import make_strategy, shares_out_weights, whole_state
+from mmgem.training.throughput import Throughput
 from mmgem.training.watchdog import Watchdog, WatchdogCallback
 
 SAMPLE_PICTURES = 4
@@ -86,7 +87,7 @@ def train_stage(run: Run, number: int, model: MMGem, saved: Saved | None) -> tup
         precision="bf16-mixed" if uses_bf16(config) else "32-true",
         max_epochs=1,
         logger=list(_loggers(config, folder)),
-        callbacks=_callbacks(run, number, data, checkpoints),
+        callbacks=_callbacks(run, number, data, checkpoints, Throughput(model, stage, ranks, uses_bf16(config))),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -107,7 +108,9 @@ def train_stage(run: Run, number: int, model: MMGem, saved: Saved | None) -> tup
     return model, checkpoints.signal
 
 
-def _callbacks(run: Run, number: int, data: StageData, checkpoints: Checkpoints) -> list[L.Callback]:
+def _callbacks(
+    run: Run, number: int, data: StageData, checkpoints: Checkpoints, throughput: Throughput
+) -> list[L.Callback]:
     config, ranks, folder = run.config, run.ranks, run.folder
     stage, training, steps_before = config.stages[number], config.training, sum(run.steps[:number])
     broken = BrokenSamples(folder, config.data.max_broken, stage.name, steps_before, ranks)
@@ -115,7 +118,7 @@ def _callbacks(run: Run, number: int, data: StageData, checkpoints: Checkpoints)
     samples = sample_pictures(config, run.dataset) if ranks.first or together else []
     return [
         broken,
-        StepLog(folder, steps_before, ranks, broken, training.log_keys),
+        StepLog(folder, steps_before, ranks, broken, throughput, training.log_keys),
         CaptionSamples(folder, samples, training.sample_every, steps_before, ranks, together),
         # Before the checkpoints, which hold it. Buffers follow the model: an average of counters is none.
         *([EMAWeightAveraging(decay=stage.ema, use_buffers=False)] if stage.ema else []),
