@@ -27,7 +27,7 @@ from mmgem.model import MMGem, Output
 from mmgem.precision import at_least_fp32
 from mmgem.training.optim import freeze, make_optimizer, schedule, set_modes
 from mmgem.training.ranks import Ranks
-from mmgem.training.strategy import Engine
+from mmgem.training.strategy import Engine, repeated_blocks, share_out
 from mmgem.training.temperature import Temperature
 
 VECTOR_LOSSES = ("emb", "region_emb")
@@ -255,6 +255,13 @@ class StageModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.temperature.load_state_dict(checkpoint["temperature"])
+
+
+class ShardedStageModule(StageModule):
+    """For fsdp2, whose strategy leaves it to the module to be shared out."""
+
+    def configure_model(self) -> None:
+        share_out(self, repeated_blocks(self.model), self.device_mesh)
 
 
 def _vectors(out: Output, batch: Batch) -> Vectors:

@@ -30,10 +30,10 @@ from mmgem.training.build import choose_device, rebuilt, uses_bf16
 from mmgem.training.callbacks import BrokenSamples, CaptionSamples, Checkpoints, StepLog
 from mmgem.training.checkpoint import RunFolder
 from mmgem.training.features import FeatureCache, feature_cache
-from mmgem.training.module import NotFinite, StageModule
+from mmgem.training.module import NotFinite, ShardedStageModule, StageModule
 from mmgem.training.ranks import Ranks, StartedRanks
 from mmgem.training.saved import Saved, for_ranks
-from mmgem.training.strategy import make_strategy, shares_out_weights, whole_state
+from mmgem.training.strategy import make_strategy, whole_state
 from mmgem.training.throughput import Throughput
 from mmgem.training.watchdog import Watchdog, WatchdogCallback
 
@@ -66,7 +66,8 @@ def train_stage(run: Run, number: int, model: MMGem, saved: Saved | None) -> tup
     data = StageData(
         run.dataset, model.codec, preprocess, config.data, stage, config.seed, cache, ranks.rank, ranks.count
     )
-    module = StageModule(
+    kind = ShardedStageModule if run.strategy == "fsdp2" else StageModule
+    module = kind(
         model, stage, number, data.steps, config.seed, cache is not None, ranks, config.training.caption_kernel
     )
     # An average of the weights is kept with all of them.
@@ -114,8 +115,10 @@ def _callbacks(
     config, ranks, folder = run.config, run.ranks, run.folder
     stage, training, steps_before = config.stages[number], config.training, sum(run.steps[:number])
     broken = BrokenSamples(folder, config.data.max_broken, stage.name, steps_before, ranks)
-    together = shares_out_weights(run.strategy)
-    samples = sample_pictures(config, run.dataset) if ranks.first or together else []
+    # Under ZeRO 3 no rank holds the whole model. FSDP2's parameters are whole in a training step only.
+    together = run.strategy == "deepspeed_3"
+    wanted = training.sample_every and run.strategy != "fsdp2" and (ranks.first or together)
+    samples = sample_pictures(config, run.dataset) if wanted else []
     return [
         broken,
         StepLog(folder, steps_before, ranks, broken, throughput, training.log_keys),

@@ -10,6 +10,7 @@ and DeepSpeed count on that. Lightning would wrap the whole training step instea
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from mmgem.config import Config, TrainingConfig
 from mmgem.precision import at_least_fp32
@@ -72,11 +75,6 @@ def resolve(config: Config, ranks: Ranks, cuda: bool, saved: Saved | None) -> st
     return "none" if ranks.count == 1 and strategy in ("auto", "ddp") else strategy
 
 
-def shares_out_weights(name: str) -> bool:
-    """Whether no rank holds the whole model between steps."""
-    return name in ("deepspeed_3", "fsdp2")
-
-
 def make_strategy(
     name: str, training: TrainingConfig, ranks: Ranks, device: torch.device, clip_grad: float, universal: bool
 ) -> Any:
@@ -89,7 +87,7 @@ def make_strategy(
         # A tower may have parameters that its map does not depend on.
         return DDP(process_group_backend=backend, find_unused_parameters=True)
     if name == "fsdp2":
-        return ModelParallelStrategy(
+        return FSDP2(
             data_parallel_size=ranks.count,
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
@@ -154,7 +152,41 @@ def save(trainer: L.Trainer, path: Path) -> None:
 
 def whole_state(trainer: L.Trainer) -> dict[str, Tensor] | None:
     """The model's state, whole and in fp32, where the strategy has taken the model apart; all ranks must ask."""
-    return trainer.strategy.whole_state() if isinstance(trainer.strategy, DeepSpeed) else None
+    strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeed):
+        return strategy.whole_state()
+    if not isinstance(strategy, FSDP2):
+        return None
+    inner: Any = trainer.lightning_module.model
+    whole = {name: p.detach() for name, p in inner.named_parameters(remove_duplicate=False)}
+    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in whole.items()}
+    return whole_buffers(trainer, inner) | {name: p.cpu().clone() for name, p in whole.items()}
+
+
+def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that repeat, in tower and LLM: the outermost lists of modules of one kind."""
+    blocks: list[torch.nn.Module] = []
+    for child in model.children():
+        layers = list(child.children())
+        listed = isinstance(child, torch.nn.ModuleList | torch.nn.Sequential)
+        same = listed and len(layers) > 1 and len({type(layer) for layer in layers}) == 1
+        blocks += layers if same else repeated_blocks(child)
+    return blocks
+
+
+def lay_out_plainly(module: torch.nn.Module) -> None:
+    """Parameters in the order of their dimensions: engines send their bytes as they lie. Also 1 x 1 kernels, which
+    count as contiguous in either layout."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def share_out(module: torch.nn.Module, blocks: Sequence[torch.nn.Module], mesh: Any) -> None:
+    """FSDP2: each block's parameters are gathered while it runs, the others' while the module does."""
+    lay_out_plainly(module)
+    for block in blocks:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(module, mesh=mesh["data_parallel"])
 
 
 def whole_buffers(trainer: L.Trainer, model: torch.nn.Module) -> dict[str, Tensor]:
@@ -193,14 +225,16 @@ class DDP(_StepByStep, DDPStrategy):
     pass
 
 
+class FSDP2(_StepByStep, ModelParallelStrategy):
+    pass
+
+
 class DeepSpeed(_StepByStep, DeepSpeedStrategy):
     """Lightning's, for the parameters it finds; and the weights as they were before DeepSpeed took them apart."""
 
     def setup(self, trainer: L.Trainer) -> None:
         assert self.model is not None
-        for parameter in self.model.parameters():
-            # DeepSpeed sends their bytes as they lie, and 1 x 1 kernels count as contiguous in either layout.
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        lay_out_plainly(self.model)
         inner: Any = self.model.model
         kept = [*inner.named_buffers(), *((n, p) for n, p in inner.named_parameters() if not p.requires_grad)]
         self.kept = {name: tensor.detach().cpu().clone() for name, tensor in kept}

@@ -38,6 +38,7 @@ from mmgem.training.ranks import Ranks, StartedRanks, process_group
 from mmgem.training.strategy import make_strategy
 
 GLOBAL_BATCH = 32
+SEED = 3
 SIZE = 32
 """Of the pictures."""
 
@@ -175,12 +176,12 @@ def first_model(name: str) -> MMGem:
     config = ModelConfig(
         vision=vision, llm=LlmConfig(config=llm), embed_dim=24, max_tokens=96, init_logit_bias=-2.0, **dropouts
     )
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     model = MMGem(config, train_tokenizer(texts, 300, lowercase=True))
     with torch.no_grad():
         for parameter in model.vision.parameters():
             if parameter.ndim == 1:  # biases of 0 and norms of 0, behind which nothing would have a gradient
-                parameter += 0.2 * torch.randn_like(parameter)
+                parameter += 0.5 * torch.randn_like(parameter)
         # As `standardise` would: without it all pictures' vectors point nearly one way, and gradients cancel.
         pictures = torch.stack([item.picture for item in items()])
         model.set_standard(model.aggregator.image(model.vision.eval()(pictures)))

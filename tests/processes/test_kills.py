@@ -24,10 +24,8 @@ from mmgem.training.checkpoint import RunFolder
 from mmgem.training.saved import read_checkpoint
 from mmgem.training.watchdog import EXIT_CODE
 
-STEPS, EVERY, GLOBAL_BATCH = 36, 2, 16
-"""STEPS of each of the two stages."""
+EVERY, GLOBAL_BATCH = 2, 16
 SETTINGS = (
-    *(f"stages.{n}.samples={GLOBAL_BATCH * STEPS}" for n in (0, 1)),
     f"training.checkpoint_every={EVERY}",
     "training.log_keys=true",
     "training.sample_every=0",
@@ -41,14 +39,25 @@ STEP = re.compile(r"step-(\d+)\.(\w+)")
 class Runs:
     """A run in a folder, again and again."""
 
-    def __init__(self, tiny: Tiny, folder: Path, count: int, *settings: str, run: Path | None = None):
-        self.tiny, self.folder, self.count, self.settings = tiny, folder, count, settings
-        self.run, self.started = run or folder / "run", 0
+    def __init__(self, tiny: Tiny, run: Path, strategy: str, steps: int, *settings: str):
+        """steps: of each of the two stages."""
+        self.tiny, self.run, self.stage_steps, self.started = tiny, run, steps, 0
+        self.outside = run.parent
+        self.count = 1 if strategy == "none" else 2
+        self.settings = (*settings, *(f"stages.{n}.samples={GLOBAL_BATCH * steps}" for n in (0, 1)))
+        if strategy != "none":
+            self.settings += (f"training.strategy={strategy}",)
 
     def job(self) -> Job:
         self.started += 1
         arguments = self.tiny.arguments(self.run, *SETTINGS, *self.settings, resume="auto")
-        return Job(arguments, self.count, self.folder / f"out-{self.started}")
+        return Job(arguments, self.count, self.outside / f"{self.run.name}-out-{self.started}")
+
+    @property
+    def lines(self) -> int:
+        """Of its log."""
+        log = self.run / "log.jsonl"
+        return log.read_bytes().count(b"\n") if log.is_file() else 0
 
     def steps(self, suffix: str) -> list[int]:
         """Of the files or folders with this suffix among the checkpoints."""
@@ -60,23 +69,20 @@ class Runs:
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 
-def until(runs: Runs, job: Job, moment: float | int | None) -> int:
+def until(runs: Runs, job: Job, moment: float | None) -> int:
     """Waits, and gives the step of the last checkpoint that was seen finished.
 
-    moment: seconds from now; or a number of further steps; or None, until a checkpoint is being written.
+    moment: seconds from now, or a few steps, which may come before; or None, until a checkpoint is being written.
     """
-    begun, log, finished = time.monotonic(), runs.run / "log.jsonl", 0
-    lines = log.read_bytes().count(b"\n") if log.is_file() else 0
+    begun, lines, finished = time.monotonic(), runs.lines, 0
     while True:
         assert job.running, f"ended before it could be killed: {job.printed}"
         assert time.monotonic() - begun < 120, job.printed
         finished = max([finished, *runs.steps("ckpt")])
         if moment is None:
             reached = any(step > finished for step in runs.steps("unfinished"))
-        elif isinstance(moment, int):
-            reached = log.is_file() and log.read_bytes().count(b"\n") >= lines + moment
         else:
-            reached = time.monotonic() - begun >= moment
+            reached = time.monotonic() - begun >= moment or runs.lines >= lines + 2
         if reached:
             return finished
         time.sleep(0.001)
@@ -92,7 +98,7 @@ def look(runs: Runs, finished: int) -> None:
     last = (folder.checkpoints / "last.ckpt").resolve(strict=True)
     for path in {newest, last}:
         saved = read_checkpoint(path)
-        step = saved.run_state.stage * STEPS + saved.run_state.samples // GLOBAL_BATCH
+        step = saved.run_state.stage * runs.stage_steps + saved.run_state.samples // GLOBAL_BATCH
         assert path.name == f"step-{step:08d}.ckpt"
         found = saved.weights()
         assert {"h1.weight", "h2.weight", "logit_scale"} <= found.keys()
@@ -102,83 +108,126 @@ def look(runs: Runs, finished: int) -> None:
     assert int(last.stem[-8:]) >= finished - EVERY
 
 
-@pytest.mark.parametrize(("strategy", "kills", "writing"), [("none", 22, 7), ("deepspeed_2", 8, 3)])
-def test_kill_9(tiny: Tiny, tmp_path: Path, strategy: str, kills: int, writing: int) -> None:
-    settings = LARGE if strategy == "none" else (*LARGE, f"training.strategy={strategy}")
-    count, chance = (1, random.Random()) if strategy == "none" else (2, random.Random())
-    unbroken = Runs(tiny, tmp_path / "unbroken", count, *settings)
+@pytest.mark.parametrize(("strategy", "kills", "writing", "steps"), [("none", 24, 8, 30), ("deepspeed_2", 6, 2, 10)])
+def test_kill_9(tiny: Tiny, tmp_path: Path, strategy: str, kills: int, writing: int, steps: int) -> None:
+    """writing: so many of the kills while a checkpoint is being written. steps: of each of the two stages."""
+    unbroken = Runs(tiny, tmp_path / "unbroken", strategy, steps, *LARGE)
     begun = time.monotonic()
     job = unbroken.job()
     job.wait_for_lines(unbroken.run / "log.jsonl", 1)
     start = time.monotonic() - begun
     job.finish()
-    runs, hits, done = Runs(tiny, tmp_path / "run", count, *settings), 0, 0
+    chance, runs, hits, done = random.Random(), Runs(tiny, tmp_path / "run", strategy, steps, *LARGE), 0, 0
     while done < kills or hits < writing:
         job = runs.job()
-        when = None if hits < writing and done % 3 == 2 else chance.choice([chance.uniform(0, start), 1, 2])
-        finished = until(runs, job, when)
-        if isinstance(when, int):
-            time.sleep(chance.uniform(0, 0.1))
-        only = chance.choice([0, 1]) if count > 1 and done % 4 == 1 else None
-        if only is None:
-            job.kill()
+        # The two further steps that it waits for at most are as many as lie between two checkpoints.
+        finished = until(runs, job, None if hits < writing and done % 3 == 2 else chance.uniform(0, 1.5 * start))
+        time.sleep(chance.choice([0, chance.uniform(0, 0.05)]))
+        if runs.count > 1 and done % 3 == 1:
+            kill_one(job, chance.choice([0, 1]))
         else:
-            left_over = kill_one(job, only)
-            assert re.search(rf"rank {only} \(host", left_over), left_over
+            job.kill()
         written = any(step > finished for step in runs.steps("unfinished"))
         hits, done = hits + written, done + 1
         look(runs, finished)
-        reached = len(figures_so_far(runs))
-        print(f"kill {done}: after step {reached}, checkpoint {finished} finished{', one begun' if written else ''}")
-        assert reached < 2 * STEPS
+        print(f"kill {done}: after step {runs.lines}, checkpoint {finished} finished{', one begun' if written else ''}")
+        assert runs.lines < 2 * steps
     runs.job().finish()
+    assert_same(runs, unbroken)
+    found = {path.name for path in (runs.run / "checkpoints").iterdir()}
+    assert found == {f"step-{2 * steps:08d}.ckpt", "last.ckpt", "losses.json"}
+
+
+def assert_same(runs: Runs, unbroken: Runs) -> None:
     assert read_lines(runs.run / "keys.jsonl") == read_lines(unbroken.run / "keys.jsonl")
-    assert figures(runs.run) == figures(unbroken.run) and len(figures(runs.run)) == 2 * STEPS
+    assert figures(runs.run) == figures(unbroken.run) and runs.lines == 2 * runs.stage_steps
     assert same_bits(weights(runs.run / "model"), weights(unbroken.run / "model"))
-    assert {path.name for path in (runs.run / "checkpoints").iterdir()} == {
-        f"step-{2 * STEPS:08d}.ckpt",
-        "last.ckpt",
-        "losses.json",
-    }
 
 
-def kill_one(job: Job, number: int) -> str:
-    """One rank alone. Gives what the other says when it ends by itself."""
+def kill_one(job: Job, number: int) -> None:
+    """One rank alone: the other ends by itself, and names it."""
     assert job.running
     job.ranks[number].kill()
     other = job.ranks[1 - number]
     assert other.end()[0] == EXIT_CODE, other.printed
     assert job.ranks[number].end()[0] == KILLED
     assert "Traceback" not in other.printed, other.printed
-    return other.printed
-
-
-def figures_so_far(runs: Runs) -> list[str]:
-    log = runs.run / "log.jsonl"
-    return log.read_text().splitlines() if log.is_file() else []
+    assert re.search(rf"rank {number} \(host", other.printed), other.printed
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def small_disk(place: Path, megabytes: float) -> Iterator[None]:
-    """A file system of its own at `place`, for the block. Skips where that is not allowed."""
+def small_disk(place: Path, size: float) -> Iterator[None]:
+    """A file system of so many bytes at `place`, for the block. Skips where that is not allowed."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("needs Linux and root")
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", sized(megabytes), "tmpfs", place], capture_output=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={round(size)}", "tmpfs", str(place)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
-        pytest.skip(f"no tmpfs: {mounted.stderr.decode().strip()}")
+        pytest.skip(f"no tmpfs: {mounted.stderr.strip()}")
     try:
         yield
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def grow(place: Path) -> None:
-    subprocess.run(["mount", "-o", f"remount,{sized(200)}", place], check=True)
+def size_of(path: Path) -> int:
+    """As it is on a tmpfs: in whole pages."""
+    path = path.resolve()
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and not p.is_symlink()]
+    return sum(-(-file.stat().st_size // 4096) * 4096 for file in files)
 
 
-def sized(megabytes: float) -> str:
-    return f"size={round(megabytes * 1024)}k"
+def assert_one_line(printed: str, *said: str) -> None:
+    errors = [line for line in printed.splitlines() if line.startswith("mmgem: error:")]
+    assert len(errors) == 1 and "Traceback" not in printed, printed
+    assert all(text in errors[0] for text in said), errors[0]
+
+
+@pytest.mark.parametrize("strategy", ["none", "deepspeed_2"])
+def test_a_disk_too_small_for_the_next_checkpoint(tiny: Tiny, tmp_path: Path, strategy: str) -> None:
+    """That a checkpoint does not fit ends the run with an error; the one before it stands, and the run goes on."""
+    keep = "training.keep_checkpoints=5"
+    unbroken = Runs(tiny, tmp_path / "unbroken", strategy, 4, keep)
+    unbroken.job().finish()
+    one = size_of(unbroken.run / "checkpoints/last.ckpt")
+    rest = size_of(unbroken.run) - 4 * one  # with the model at the end, which is more than there is before
+    with small_disk(tmp_path / "disk", 2.5 * one + rest):
+        runs = Runs(tiny, tmp_path / "disk/run", strategy, 4, keep)
+        runs.outside = tmp_path
+        job = runs.job()
+        ends = [rank.end(60) for rank in job.ranks]
+        assert [code for code, _ in ends] == [2] * runs.count, job.printed
+        for rank in job.ranks:
+            assert_one_line(rank.printed, "step-00000006.ckpt: cannot be saved", "step-00000004.ckpt stands", "make room")
+        assert sorted(runs.steps("ckpt")) == [2, 4] and not runs.steps("unfinished") and not runs.steps("going")
+        look(runs, 4)
+        subprocess.run(["mount", "-o", "remount,size=200m", tmp_path / "disk"], check=True)
+        runs.job().finish()
+        assert_same(runs, unbroken)
+
+
+@pytest.mark.parametrize("strategy", ["none", "deepspeed_2"])
+def test_a_disk_without_room_for_a_line(tiny: Tiny, tmp_path: Path, strategy: str) -> None:
+    """Others fill the disk between two checkpoints: the log is the first to find no room."""
+    seldom = "training.checkpoint_every=20"
+    unbroken = Runs(tiny, tmp_path / "unbroken", strategy, 20, seldom)
+    unbroken.job().finish()
+    with small_disk(tmp_path / "disk", 100e6):
+        runs = Runs(tiny, tmp_path / "disk/run", strategy, 20, seldom)
+        runs.outside = tmp_path
+        job = runs.job()
+        job.wait_for_lines(runs.run / "log.jsonl", 21)
+        subprocess.run(["dd", "if=/dev/zero", f"of={tmp_path / 'disk/filler'}", "bs=64k"], capture_output=True)
+        ends = [rank.end(60) for rank in job.ranks]
+        print(job.printed)
+        assert [code for code, _ in ends] == [2] * runs.count, job.printed
+        for rank in job.ranks:
+            assert_one_line(rank.printed, "No space left")
+        look(runs, 20)
+        (tmp_path / "disk/filler").unlink()
+        runs.job().finish()
+        assert_same(runs, unbroken)
