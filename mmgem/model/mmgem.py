@@ -89,7 +89,7 @@ class MMGem(nn.Module):
 
     def project_visual(self, pooled: Tensor) -> Tensor:
         """… x C -> … x E: h1, after the map's standardisation. All affine, so pooling before or after is the same."""
-        standard = (pooled - self.map_mean_C) / self.map_std_C
+        standard = ((pooled - self.map_mean_C) / self.map_std_C).to(pooled.dtype)
         return self.h1(F.dropout(standard, self.config.visual_dropout, self.training))
 
     def set_standard(self, pooled_NC: Tensor) -> None:

@@ -238,11 +238,13 @@ class DeepSpeed(_StepByStep, DeepSpeedStrategy):
         inner: Any = self.model.model
         kept = [*inner.named_buffers(), *((n, p) for n, p in inner.named_parameters() if not p.requires_grad)]
         self.kept = {name: tensor.detach().cpu().clone() for name, tensor in kept}
-        rotary = {name: tensor for name, tensor in self.kept.items() if name.endswith("inv_freq")}
         super().setup(trainer)
-        # bf16 would turn late positions the wrong way.
-        for name, exact in rotary.items():
-            inner.get_buffer(name).data = exact.to(self.root_device)
+        for module in inner.modules():
+            # torch's batch norm wants one type for all; DeepSpeed casts parameters and leaves buffers.
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                for buffer in module.buffers():
+                    if buffer.is_floating_point():
+                        buffer.data = buffer.data.to(next(inner.parameters()).dtype)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         engine: Any = self.model
