@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -168,7 +169,7 @@ class StepLog(L.Callback):
 
 class Checkpoints(L.Callback):
     """Every so many steps, at the end, and when asked to stop: Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and
-    leave. A step whose loss is not finite has moved nothing yet: what was there before it is saved, too."""
+    leave. Launchers send those again to who has not left yet, so only a second Ctrl-C stops at once. A step whose loss is not finite has moved nothing yet: what was there before it is saved, too."""
 
     def __init__(
         self, folder: RunFolder, config: Config, steps_before: int, ranks: Ranks, strategy: str, frozen: Records
@@ -184,15 +185,18 @@ class Checkpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.handlers = {s: signal.signal(s, self._asked_to_stop) for s in SIGNALS}
         self.saved_step = trainer.global_step
+        self.ranks.lists([])  # all have loaded what they go on from
+        if self.ranks.first:
+            shutil.rmtree(self.folder.scratch, ignore_errors=True)
         stop_if_asked()
 
     def _asked_to_stop(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
+        if self.signal is not None and number == signal.SIGINT:
             stop_at_once(number, frame)
-        self.signal = number
-        print(
-            f"\n{signal.Signals(number).name}: finishing this step, then saving (again: stop at once)", file=sys.stderr
-        )
+        if self.signal is None:
+            self.signal = number
+            again = " (again: stop at once)" if number == signal.SIGINT else ""
+            print(f"\n{signal.Signals(number).name}: finishing this step, then saving{again}", file=sys.stderr)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint |= self._content(trainer, pl_module)

@@ -42,6 +42,8 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self.scratch = self.checkpoints / ".shared-out"
+        """A checkpoint's parts for another number of ranks, while they are loaded."""
         self.model = self.path / "model"
         self.stages = self.path / "stages"
         self.config = self.path / "config.yaml"
@@ -128,6 +130,7 @@ class RunFolder:
             os.replace(unfinished, place)
             _remove(old)
             _point(self.checkpoints / "last.ckpt", place)
+        ranks.lists([])  # whoever leaves now, the others' launcher may end them
         return place
 
     def keep_checkpoints(self, newest: int, best: bool, loss: float | None) -> None:

@@ -74,8 +74,7 @@ def train_stage(run: Run, number: int, model: MMGem, saved: Saved | None) -> tup
     records = [] if stage.ema else ranks.by_first(lambda: frozen.records(model, config, number, folder.path))
     module.strict_loading = not records
     checkpoints = Checkpoints(folder, config, steps_before, ranks, run.strategy, records)
-    scratch = folder.checkpoints / ".shared-out"
-    place = ranks.by_first(lambda: for_ranks(saved, ranks.count, scratch)) if saved else None
+    place = ranks.by_first(lambda: for_ranks(saved, ranks.count, folder.scratch)) if saved else None
     trainer = L.Trainer(
         accelerator={"cpu": "cpu", "cuda": "gpu"}[device.type],
         devices=ranks.local_count,
