@@ -14,6 +14,7 @@ network of their own where this process may make one; else whatever else uses th
 
 Ends with 1 where a mark is missed: memory 0.1, time 1.1, bytes 0.6 of open_clip's, and in fp32 a gradient error of
 1e-5. They are for N = 16,384 and width 512; `--no-marks` leaves them out. Linux only; needs some 6 GB at that size.
+Where other work shares the cores, set OMP_NUM_THREADS=1: threads that wait for each other measure that work.
 """
 
 from __future__ import annotations

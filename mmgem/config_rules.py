@@ -40,7 +40,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _training(config.training)
     for number, stage in enumerate(config.stages):
         if stage.ema and config.training.strategy not in ("auto", "ddp"):
-            yield f"stages.{number} ({stage.name}): ema averages whole weights; set training.strategy to ddp, or ema to 0"
+            yield f"stages.{number} ({stage.name}): ema wants whole weights; set training.strategy to ddp, or ema to 0"
         if stage.loss.kind == "sigmoid" and config.model.init_logit_bias is None:
             yield f"stages.{number} ({stage.name}): loss.kind=sigmoid needs model.init_logit_bias, e.g. -10"
         for message in (*_stage(stage), *_pictures(stage, config.model.vision), *_loss(stage.loss, stage.max_regions)):

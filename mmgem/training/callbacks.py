@@ -169,7 +169,10 @@ class StepLog(L.Callback):
 
 class Checkpoints(L.Callback):
     """Every so many steps, at the end, and when asked to stop: Ctrl-C, SIGTERM and SIGUSR1 finish the step, save, and
-    leave. Launchers send those again to who has not left yet, so only a second Ctrl-C stops at once. A step whose loss is not finite has moved nothing yet: what was there before it is saved, too."""
+    leave. Launchers send those again to who has not left yet, so only a second Ctrl-C stops at once.
+
+    A step whose loss is not finite has moved nothing yet: what was there before it is saved, too.
+    """
 
     def __init__(
         self, folder: RunFolder, config: Config, steps_before: int, ranks: Ranks, strategy: str, frozen: Records
