@@ -5,7 +5,7 @@
 One step is `F.normalize`, the loss and its backward pass, from the vectors as the towers give them to their gradients.
 `mmgem.losses.contrastive` and `open_clip.loss.ClipLoss` take turns, and so do the two sigmoid losses; the least of the
 rounds counts. Each step has a process of its own, whose libraries a small step has warmed: memory is its peak above
-what it held before, vectors included (that of the GPU with `--device cuda`). bf16 is as in training, with autocast.
+what it held with the vectors already there (of the GPU with `--device cuda`). bf16: with autocast, as in training.
 
 Gradients: the largest error of each, as a part of its largest value; of InfoNCE against fp64 (`in_fp64`), of ours of
 the sigmoid losses against open_clip's. Then both InfoNCEs run in `--ranks` processes over gloo, each with its part of

@@ -39,10 +39,12 @@ STEP = re.compile(r"step-(\d+)\.(\w+)")
 class Runs:
     """A run in a folder, again and again."""
 
-    def __init__(self, tiny: Tiny, run: Path, strategy: str, steps: int, *settings: str):
-        """steps: of each of the two stages."""
+    def __init__(
+        self, tiny: Tiny, run: Path, strategy: str, steps: int, *settings: str, outside: Path | None = None
+    ):
+        """steps: of each of the two stages. outside: where what the ranks print goes; by default beside the run."""
         self.tiny, self.run, self.stage_steps, self.started = tiny, run, steps, 0
-        self.outside = run.parent
+        self.outside = outside or run.parent
         self.count = 1 if strategy == "none" else 2
         self.settings = (*settings, *(f"stages.{n}.samples={GLOBAL_BATCH * steps}" for n in (0, 1)))
         if strategy != "none":
@@ -109,8 +111,18 @@ def look(runs: Runs, finished: int) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "kills", "writing", "steps"), [("none", 24, 8, 30), ("deepspeed_2", 6, 2, 10)])
-def test_kill_9(tiny: Tiny, tmp_path: Path, strategy: str, kills: int, writing: int, steps: int) -> None:
+def test_kill_9(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    kills: int,
+    writing: int,
+    steps: int,
+) -> None:
     """writing: so many of the kills while a checkpoint is being written. steps: of each of the two stages."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
     unbroken = Runs(tiny, tmp_path / "unbroken", strategy, steps, *LARGE)
     begun = time.monotonic()
     job = unbroken.job()
@@ -136,6 +148,8 @@ def test_kill_9(tiny: Tiny, tmp_path: Path, strategy: str, kills: int, writing: 
     assert_same(runs, unbroken)
     found = {path.name for path in (runs.run / "checkpoints").iterdir()}
     assert found == {f"step-{2 * steps:08d}.ckpt", "last.ckpt", "losses.json"}
+    elsewhere = [path for path in (tmp_path / "tmp").rglob("*") if path.is_file() and path.stat().st_size > 100_000]
+    assert not elsewhere, "checkpoints were begun outside the run's folder, and the kills have left them there"
 
 
 def assert_same(runs: Runs, unbroken: Runs) -> None:
@@ -174,6 +188,10 @@ def small_disk(place: Path, size: float) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
+def make_room(place: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=200m", place], check=True)
+
+
 def size_of(path: Path) -> int:
     """As it is on a tmpfs: in whole pages."""
     path = path.resolve()
@@ -197,8 +215,7 @@ def test_a_disk_too_small_for_the_next_checkpoint(tiny: Tiny, tmp_path: Path, st
     before = ("checkpoints", "model", "stages/fine-grained")
     rest = size_of(unbroken.run) - sum(size_of(unbroken.run / folder) for folder in before)
     with small_disk(tmp_path / "disk", 2.5 * one + rest):
-        runs = Runs(tiny, tmp_path / "disk/run", strategy, 4, keep)
-        runs.outside = tmp_path
+        runs = Runs(tiny, tmp_path / "disk/run", strategy, 4, keep, outside=tmp_path)
         job = runs.job()
         assert job.wait(60) == [2] * runs.count, job.printed
         for rank in job.ranks:
@@ -207,7 +224,7 @@ def test_a_disk_too_small_for_the_next_checkpoint(tiny: Tiny, tmp_path: Path, st
             assert "step-00000004.ckpt stands" in error
         assert sorted(runs.steps("ckpt")) == [2, 4] and not runs.steps("unfinished") and not runs.steps("going")
         look(runs, 4)
-        subprocess.run(["mount", "-o", "remount,size=200m", tmp_path / "disk"], check=True)
+        make_room(tmp_path / "disk")
         runs.job().finish()
         assert_same(runs, unbroken)
 
@@ -219,11 +236,11 @@ def test_a_disk_without_room_for_a_line(tiny: Tiny, tmp_path: Path, strategy: st
     unbroken = Runs(tiny, tmp_path / "unbroken", strategy, 20, seldom)
     unbroken.job().finish()
     with small_disk(tmp_path / "disk", 100e6):
-        runs = Runs(tiny, tmp_path / "disk/run", strategy, 20, seldom)
-        runs.outside = tmp_path
+        runs = Runs(tiny, tmp_path / "disk/run", strategy, 20, seldom, outside=tmp_path)
         job = runs.job()
         job.wait_for_lines(runs.run / "log.jsonl", 21)
         subprocess.run(["dd", "if=/dev/zero", f"of={tmp_path / 'disk/filler'}", "bs=64k"], capture_output=True)
+        assert job.running
         codes = job.wait(60)
         error = error_of(job.ranks[0].printed)
         assert codes[0] == 2 and "No space left" in error and "step-00000020.ckpt stands" in error, error
@@ -232,5 +249,24 @@ def test_a_disk_without_room_for_a_line(tiny: Tiny, tmp_path: Path, strategy: st
             assert code == EXIT_CODE and "rank 0 (host" in error and "No space left" in error, error
         look(runs, 20)
         (tmp_path / "disk/filler").unlink()
+        runs.job().finish()
+        assert_same(runs, unbroken)
+
+
+def test_a_disk_too_small_for_the_model(tiny: Tiny, tmp_path: Path) -> None:
+    """The stage's checkpoint still fits, what it ends with does not."""
+    once = "training.checkpoint_every=20"
+    unbroken = Runs(tiny, tmp_path / "unbroken", "none", 4, once)
+    unbroken.job().finish()
+    model = size_of(unbroken.run / "model")
+    with small_disk(tmp_path / "disk", size_of(unbroken.run) - 2.5 * model):
+        runs = Runs(tiny, tmp_path / "disk/run", "none", 4, once, outside=tmp_path)
+        job = runs.job()
+        assert job.wait(60) == [2], job.printed
+        error = error_of(job.printed)
+        assert "stages/global: cannot be written" in error and "No space left" in error, error
+        look(runs, 4)
+        assert not any((runs.run / "stages").iterdir())
+        make_room(tmp_path / "disk")
         runs.job().finish()
         assert_same(runs, unbroken)

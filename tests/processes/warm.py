@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -83,7 +84,7 @@ class Job:
         self.ranks = []
         for rank in range(count):
             place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TMPDIR": os.environ.get("TMPDIR", tempfile.gettempdir())}
             words = {name: str(value) for name, value in place.items()}
             self.ranks.append(Rank(Request([*arguments], words, str(out / f"{rank}.out"), spoiled)))
 
@@ -214,6 +215,7 @@ def _run(request: Request) -> int:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.environ.update(request.place)
+    tempfile.tempdir = None  # is that of the place
     if request.spoiled is not None:
         _spoil(request.spoiled, Path(request.out).with_suffix(".read"))
     return main(request.arguments)
