@@ -69,7 +69,7 @@ def fill(model: MMGem, saved: Saved, run: Path, whole: bool) -> None:
         weights = saved.weights() if whole or not saved.in_parts else {**saved.buffers, **saved.temperature["values"]}
         elsewhere = {name for record in saved.frozen for name in record["names"]}
         missing, unknown = model.load_state_dict(weights, strict=False)
-        missing = sorted(set(missing) - elsewhere - _tied(model, weights))
+        missing = sorted(set(missing) - elsewhere - _tied(model, weights.keys() | elsewhere))
         if unknown or (missing and (whole or not saved.in_parts)):
             raise RuntimeError(f"unknown: {sorted(unknown)[:3]}, missing: {missing[:3]}")
     except RuntimeError as e:
@@ -77,12 +77,12 @@ def fill(model: MMGem, saved: Saved, run: Path, whole: bool) -> None:
         raise UserError(f"{saved.path}: does not fit the model that the config describes ({why})") from e
 
 
-def _tied(model: MMGem, given: dict[str, torch.Tensor]) -> set[str]:
+def _tied(model: MMGem, given: set[str]) -> set[str]:
     """Names of parameters that are given under another name."""
     names = {id(p): set() for p in model.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].add(name)
-    return {name for same in names.values() if same & given.keys() for name in same}
+    return {name for same in names.values() if same & given for name in same}
 
 
 def rebuilt(model: MMGem, state: dict[str, torch.Tensor]) -> MMGem:

@@ -30,7 +30,7 @@ from mmgem.training.module import NotFinite, StageModule
 from mmgem.training.ranks import Ranks
 from mmgem.training.saved import RunState, run_state_tree
 from mmgem.training.signals import SIGNALS, stop_at_once, stop_if_asked
-from mmgem.training.strategy import save, whole_buffers
+from mmgem.training.strategy import kept_parameters, save, whole_buffers
 from mmgem.training.throughput import Throughput
 
 FIRST_LINE = 10
@@ -245,7 +245,10 @@ class Checkpoints(L.Callback):
     def _save(self, trainer: L.Trainer, pl_module: StageModule, step: int) -> None:
         def write(path: Path) -> dict[str, Any]:
             save(trainer, path)
-            return {**self._content(trainer, pl_module), "buffers": whole_buffers(trainer, pl_module.model)}
+            elsewhere = {name for record in self.frozen for name in record["names"]}
+            kept = {name: tensor for name, tensor in kept_parameters(trainer).items() if name not in elsewhere}
+            buffers = whole_buffers(trainer, pl_module.model)
+            return {**self._content(trainer, pl_module), "buffers": {**buffers, **kept}}
 
         self.folder.save_checkpoint(write, self.steps_before + step, self.ranks)
         self.saved_step = step

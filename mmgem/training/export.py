@@ -70,7 +70,7 @@ def export(run: Path, out: Path, checkpoint: str | None = None, dtype: DType = "
     if not folder.config.is_file():
         raise UserError(f"{run}: no run here (config.yaml is looked for); give a folder that `mmgem train` made")
     if any(place.is_relative_to((folder.path / name).resolve()) for name in OWN):
-        raise UserError(f"{out}: is the run's own; name another place, e.g. exports/{folder.path.resolve().name}")
+        raise UserError(f"{out}: is the run's own; name another place, e.g. runs/exported")
     refuse_to_replace(place)
     model, origin = _model(folder, checkpoint)
     examples = examples_of(model, origin.config.data)

@@ -72,7 +72,7 @@ def train_stage(run: Run, number: int, model: MMGem, saved: Saved | None) -> tup
     )
     # An average of the weights is kept with all of them.
     records = [] if stage.ema else ranks.by_first(lambda: frozen.records(model, config, number, folder.path))
-    module.strict_loading = not records
+    module.strict_loading = False  # `fill` has looked
     checkpoints = Checkpoints(folder, config, steps_before, ranks, run.strategy, records)
     place = ranks.by_first(lambda: for_ranks(saved, ranks.count, folder.scratch)) if saved else None
     trainer = L.Trainer(

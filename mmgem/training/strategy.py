@@ -197,6 +197,14 @@ def whole_buffers(trainer: L.Trainer, model: torch.nn.Module) -> dict[str, Tenso
     return {name: _exact(buffer, kept.get(name)) for name, buffer in buffers.items()}
 
 
+def kept_parameters(trainer: L.Trainer) -> dict[str, Tensor]:
+    """Frozen parameters in fp32, on CPU, which DeepSpeed's own files leave out."""
+    if not isinstance(trainer.strategy, DeepSpeed):
+        return {}
+    buffers = dict(trainer.lightning_module.model.named_buffers())  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    return {name: tensor for name, tensor in trainer.strategy.kept.items() if name not in buffers}
+
+
 def _exact(now: Tensor, before: Tensor | None) -> Tensor:
     """In fp32: `before` where `now` is it, only cast."""
     if before is not None and torch.equal(before.to(now.dtype), now):

@@ -25,6 +25,7 @@ import lightning as L
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import start_processes
 
 from mmgem import MMGem
 from mmgem.config import LlmConfig, LossConfig, ModelConfig, StageConfig, TrainingConfig, VisionConfig
@@ -76,7 +77,7 @@ DROPPING = {
     "embd_pdrop": 0.2,
     "attn_pdrop": 0.2,
 }
-MODELS: dict[str, tuple[VisionConfig, dict[str, Any], dict[str, float]]] = {
+MODELS: dict[str, tuple[VisionConfig, dict[str, Any], dict[str, Any]]] = {
     "cnn_tied": (CNN, LLAMA, {}),
     "vit_untied": (VIT, PHI, {}),
     "dropout": (VIT, DROPPING, {"token_dropout": 0.2, "head_dropout": 0.2, "visual_dropout": 0.2}),
@@ -117,7 +118,8 @@ NO_OWNER = "not"
 @functools.cache
 def items() -> list[Item]:
     """32 samples, of which four ranks get 8 each: captions of 1, 6, 24 and 60 words; boxes for all but the second one;
-    captions and phrases that come again elsewhere; a picture that comes twice, and some without captions: without boxes a micro-batch then has no text at all."""
+    captions and phrases that come again elsewhere; a picture that comes twice; and some without captions: without boxes
+    a micro-batch of them has no text at all."""
     chance = random.Random(0)
     made = []
     for number in range(GLOBAL_BATCH):
@@ -324,13 +326,9 @@ def main(out: Path, count: int, cases: list[Case]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start: Any = torch.multiprocessing.start_processes
-    start(work, (count, port, out, cases), nprocs=count, start_method="fork")
+    start_processes(work, (count, port, out, cases), nprocs=count, start_method="fork")
 
 
 if __name__ == "__main__":
-    main(
-        Path(sys.argv[1]),
-        int(sys.argv[2]),
-        [Case(**{**c, "freeze": tuple(c["freeze"])}) for c in json.loads(sys.argv[3])],
-    )
+    listed = [Case(**{**case, "freeze": tuple(case["freeze"])}) for case in json.loads(sys.argv[3])]
+    main(Path(sys.argv[1]), int(sys.argv[2]), listed)

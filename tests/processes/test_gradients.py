@@ -34,8 +34,9 @@ def cases_of(strategy: str) -> list[Case]:
         turn = (number.bit_count() + STRATEGIES.index(strategy)) % 2
         models = MODELS if strategy == "ddp" else (MODELS[turn],)
         cases += [Case(model, regions, kind, strategy, micro) for model in models]
-    cases.append(Case("vit_untied", True, "infonce", strategy, UNEVEN, freeze=("llm",)))
-    cases.append(Case("cnn_tied", True, "sigmoid", strategy, None, freeze=("vision",)))
+    if strategy not in ("deepspeed_1", "deepspeed_2"):  # which treat parts that are frozen as the others do
+        cases.append(Case("vit_untied", True, "infonce", strategy, UNEVEN, freeze=("llm",)))
+        cases.append(Case("cnn_tied", True, "sigmoid", strategy, None, freeze=("vision",)))
     return [case for case in cases if case != reference(case)]
 
 
@@ -54,7 +55,7 @@ class Launch:
         out.mkdir()
         self.out, self.count = out, count
         listed = json.dumps([dataclasses.asdict(case) for case in dict.fromkeys(cases)])
-        self.process = Process(out, count, listed, script=SCRIPT)
+        self.process = Process(out, str(count), listed, script=SCRIPT)
         self.stderr = ""
 
     def wait(self) -> None:
@@ -151,12 +152,12 @@ DRAWING = [
 """Wherever random numbers are drawn: in the LLM and before it, in the heads, in the tower; and in the tower alone."""
 
 
-@pytest.mark.parametrize(("count", "strategies"), [(1, ("none",)), (2, ("ddp", "deepspeed_2"))])
-def test_cached_draws_as_one_forward_would(count: int, strategies: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "strategy"), [(1, "none"), (2, "ddp")])
+def test_cached_draws_as_one_forward_would(count: int, strategy: str, tmp_path: Path) -> None:
     """Against micro-batches that are forwarded once, with their graphs, and one loss that goes back through all."""
     by_hand = [replace(case, strategy="by_hand") for case in DRAWING]
     others = [replace(case, seed=1) for case in by_hand]
-    cached = [replace(case, strategy=strategy) for strategy in strategies for case in DRAWING]
+    cached = [replace(case, strategy=strategy) for case in DRAWING]
     launch = Launch(tmp_path / "ranks", count, [*by_hand, *others, *cached])
     launch.wait()
     for case, other in zip(by_hand, others, strict=True):

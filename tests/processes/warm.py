@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import select
@@ -166,6 +167,7 @@ def _serve() -> int:
             if not line:
                 break
             request = Request(**json.loads(line))
+            gc.freeze()  # what a fork does not look at, it need not copy
             pid = os.fork()
             if pid == 0:
                 return _run(request)
