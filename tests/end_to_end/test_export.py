@@ -121,7 +121,9 @@ def zero(request: pytest.FixtureRequest, tiny: Tiny, tower: Path, tmp_path_facto
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    settings = (*SHORT, *frozen(tower), f"training.strategy={request.param}")
+    # A frozen random LLM has no origin: its checkpoints hold it.
+    llm = ("stages.0.freeze=[vision, llm]",) if request.param == "deepspeed_3" else ()
+    settings = (*SHORT, *frozen(tower), *llm, f"training.strategy={request.param}")
     arguments = tiny.arguments(folder, *settings)[1:]
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [Process(*arguments, script=ROOT / "train.py", **common, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -79,6 +80,7 @@ class Difference:
         """Also asserts that both have the same figures and the same gradients, those of 0 in the same places."""
         assert found[0].keys() == wanted[0].keys() and found[1].keys() == wanted[1].keys()
         for name, figure in wanted[0].items():
+            assert math.isfinite(found[0][name]), name
             self.figures = max(self.figures, abs(found[0][name] - figure) / abs(figure))
         for name, gradient in wanted[1].items():
             other = found[1][name]
@@ -87,7 +89,8 @@ class Difference:
                 continue
             assert gradient is not None and other is not None and other.shape == gradient.shape, name
             share = float((other - gradient).abs().max() / gradient.abs().max())
-            if not share <= self.gradients:
+            assert math.isfinite(share), name
+            if share > self.gradients:
                 self.gradients, self.worst = share, name
         return self
 

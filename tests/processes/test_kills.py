@@ -6,13 +6,14 @@ on from it as if nothing had been. Real processes; the disk is a tmpfs, for whic
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,12 +26,15 @@ from mmgem.training.saved import read_checkpoint
 from mmgem.training.watchdog import EXIT_CODE
 
 EVERY, GLOBAL_BATCH = 2, 16
+Steps = tuple[int, int]
+"""Of the two stages."""
 SETTINGS = (
     f"training.checkpoint_every={EVERY}",
     "training.log_keys=true",
     "training.sample_every=0",
     "training.late_after=4",  # ranks that are left over soon see who is gone
 )
+SHORT: Steps = (4, 16)
 # Checkpoints of 20 MB, so that writing one takes a while.
 LARGE = ("model.llm.config.hidden_size=256", "model.llm.config.intermediate_size=512")
 STEP = re.compile(r"step-(\d+)\.(\w+)")
@@ -39,21 +43,18 @@ STEP = re.compile(r"step-(\d+)\.(\w+)")
 class Runs:
     """A run in a folder, again and again."""
 
-    def __init__(
-        self, tiny: Tiny, run: Path, strategy: str, steps: int, *settings: str, outside: Path | None = None
-    ):
-        """steps: of each of the two stages. outside: where what the ranks print goes; by default beside the run."""
+    def __init__(self, tiny: Tiny, run: Path, strategy: str, steps: Steps, *settings: str, out: Path | None = None):
+        """out: where what the ranks print goes; by default beside the run."""
         self.tiny, self.run, self.stage_steps, self.started = tiny, run, steps, 0
-        self.outside = outside or run.parent
-        self.count = 1 if strategy == "none" else 2
-        self.settings = (*settings, *(f"stages.{n}.samples={GLOBAL_BATCH * steps}" for n in (0, 1)))
+        self.out, self.count = out or run.parent, 1 if strategy == "none" else 2
+        self.settings = (*settings, *(f"stages.{n}.samples={GLOBAL_BATCH * steps[n]}" for n in (0, 1)))
         if strategy != "none":
             self.settings += (f"training.strategy={strategy}",)
 
     def job(self) -> Job:
         self.started += 1
         arguments = self.tiny.arguments(self.run, *SETTINGS, *self.settings, resume="auto")
-        return Job(arguments, self.count, self.outside / f"{self.run.name}-out-{self.started}")
+        return Job(arguments, self.count, self.out / f"{self.run.name}-out-{self.started}")
 
     @property
     def lines(self) -> int:
@@ -71,20 +72,20 @@ class Runs:
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 
-def until(runs: Runs, job: Job, moment: float | None) -> int:
+def until(runs: Runs, job: Job, seconds: float, steps: int, writing: bool) -> int:
     """Waits, and gives the step of the last checkpoint that was seen finished.
 
-    moment: seconds from now, or a few steps, which may come before; or None, until a checkpoint is being written.
+    seconds, steps: from now on; what comes first. writing: instead until a checkpoint is being written.
     """
     begun, lines, finished = time.monotonic(), runs.lines, 0
     while True:
         assert job.running, f"ended before it could be killed: {job.printed}"
         assert time.monotonic() - begun < 120, job.printed
         finished = max([finished, *runs.steps("ckpt")])
-        if moment is None:
+        if writing:
             reached = any(step > finished for step in runs.steps("unfinished"))
         else:
-            reached = time.monotonic() - begun >= moment or runs.lines >= lines + 2
+            reached = time.monotonic() - begun >= seconds or runs.lines >= lines + steps
         if reached:
             return finished
         time.sleep(0.001)
@@ -100,7 +101,7 @@ def look(runs: Runs, finished: int) -> None:
     last = (folder.checkpoints / "last.ckpt").resolve(strict=True)
     for path in {newest, last}:
         saved = read_checkpoint(path)
-        step = saved.run_state.stage * runs.stage_steps + saved.run_state.samples // GLOBAL_BATCH
+        step = sum(runs.stage_steps[: saved.run_state.stage]) + saved.run_state.samples // GLOBAL_BATCH
         assert path.name == f"step-{step:08d}.ckpt"
         found = saved.weights()
         assert {"h1.weight", "h2.weight", "logit_scale"} <= found.keys()
@@ -110,7 +111,7 @@ def look(runs: Runs, finished: int) -> None:
     assert int(last.stem[-8:]) >= finished - EVERY
 
 
-@pytest.mark.parametrize(("strategy", "kills", "writing", "steps"), [("none", 24, 8, 30), ("deepspeed_2", 6, 2, 10)])
+@pytest.mark.parametrize(("strategy", "kills", "writing", "steps"), [("none", 24, 8, 36), ("deepspeed_2", 6, 2, 12)])
 def test_kill_9(
     tiny: Tiny,
     tmp_path: Path,
@@ -123,19 +124,20 @@ def test_kill_9(
     """writing: so many of the kills while a checkpoint is being written. steps: of each of the two stages."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
-    unbroken = Runs(tiny, tmp_path / "unbroken", strategy, steps, *LARGE)
+    unbroken = Runs(tiny, tmp_path / "unbroken", strategy, (steps, steps), *LARGE)
     begun = time.monotonic()
     job = unbroken.job()
     job.wait_for_lines(unbroken.run / "log.jsonl", 1)
     start = time.monotonic() - begun
     job.finish()
-    chance, runs, hits, done = random.Random(), Runs(tiny, tmp_path / "run", strategy, steps, *LARGE), 0, 0
+    chance, runs, hits, done = random.Random(), Runs(tiny, tmp_path / "run", strategy, (steps, steps), *LARGE), 0, 0
     while done < kills or hits < writing:
         job = runs.job()
-        # The two further steps that it waits for at most are as many as lie between two checkpoints.
-        finished = until(runs, job, None if hits < writing and done % 3 == 2 else chance.uniform(0, 1.5 * start))
-        time.sleep(chance.choice([0, chance.uniform(0, 0.05)]))
-        if runs.count > 1 and done % 3 == 1:
+        # In a third of the kills while it starts, if it has not come further by then.
+        seconds = chance.uniform(0, start) if done % 3 == 0 else 100
+        finished = until(runs, job, seconds, chance.randint(1, 3), writing=hits < writing and done % 3 == 2)
+        time.sleep(chance.choice([0, chance.uniform(0, 0.1)]) if done % 3 == 1 else 0)
+        if runs.count > 1 and done % 2:
             kill_one(job, chance.choice([0, 1]))
         else:
             job.kill()
@@ -154,7 +156,7 @@ def test_kill_9(
 
 def assert_same(runs: Runs, unbroken: Runs) -> None:
     assert read_lines(runs.run / "keys.jsonl") == read_lines(unbroken.run / "keys.jsonl")
-    assert figures(runs.run) == figures(unbroken.run) and runs.lines == 2 * runs.stage_steps
+    assert figures(runs.run) == figures(unbroken.run) and runs.lines == sum(runs.stage_steps)
     assert same_bits(weights(runs.run / "model"), weights(unbroken.run / "model"))
 
 
@@ -205,17 +207,31 @@ def error_of(printed: str) -> str:
     return errors[0]
 
 
+@pytest.fixture(scope="module")
+def unbroken(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Runs]:
+    """A run with room, of each strategy."""
+
+    @functools.cache
+    def run(strategy: str) -> Runs:
+        runs = Runs(tiny, tmp_path_factory.mktemp(strategy) / "run", strategy, SHORT)
+        runs.job().finish()
+        return runs
+
+    return run
+
+
 @pytest.mark.parametrize("strategy", ["none", "deepspeed_2"])
-def test_a_disk_too_small_for_the_next_checkpoint(tiny: Tiny, tmp_path: Path, strategy: str) -> None:
+def test_a_disk_too_small_for_the_next_checkpoint(
+    tiny: Tiny, tmp_path: Path, unbroken: Callable[[str], Runs], strategy: str
+) -> None:
     """That a checkpoint does not fit ends the run with an error; the one before it stands, and the run goes on."""
-    keep = "training.keep_checkpoints=5"
-    unbroken = Runs(tiny, tmp_path / "unbroken", strategy, 4, keep)
-    unbroken.job().finish()
-    one = size_of(unbroken.run / "checkpoints/last.ckpt")
-    before = ("checkpoints", "model", "stages/fine-grained")
-    rest = size_of(unbroken.run) - sum(size_of(unbroken.run / folder) for folder in before)
+    whole = unbroken(strategy).run
+    one = size_of(whole / "checkpoints/last.ckpt")
+    later = ("checkpoints", "model", "stages/fine-grained")
+    rest = size_of(whole) - sum(size_of(whole / folder) for folder in later)
     with small_disk(tmp_path / "disk", 2.5 * one + rest):
-        runs = Runs(tiny, tmp_path / "disk/run", strategy, 4, keep, outside=tmp_path)
+        keep = "training.keep_checkpoints=5"
+        runs = Runs(tiny, tmp_path / "disk/run", strategy, SHORT, keep, out=tmp_path)
         job = runs.job()
         assert job.wait(60) == [2] * runs.count, job.printed
         for rank in job.ranks:
@@ -226,47 +242,44 @@ def test_a_disk_too_small_for_the_next_checkpoint(tiny: Tiny, tmp_path: Path, st
         look(runs, 4)
         make_room(tmp_path / "disk")
         runs.job().finish()
-        assert_same(runs, unbroken)
+        assert_same(runs, unbroken(strategy))
 
 
 @pytest.mark.parametrize("strategy", ["none", "deepspeed_2"])
-def test_a_disk_without_room_for_a_line(tiny: Tiny, tmp_path: Path, strategy: str) -> None:
+def test_a_disk_without_room_for_a_line(
+    tiny: Tiny, tmp_path: Path, unbroken: Callable[[str], Runs], strategy: str
+) -> None:
     """Others fill the disk between two checkpoints: the log is the first to find no room."""
-    seldom = "training.checkpoint_every=20"
-    unbroken = Runs(tiny, tmp_path / "unbroken", strategy, 20, seldom)
-    unbroken.job().finish()
     with small_disk(tmp_path / "disk", 100e6):
-        runs = Runs(tiny, tmp_path / "disk/run", strategy, 20, seldom, outside=tmp_path)
+        seldom = "training.checkpoint_every=100"
+        runs = Runs(tiny, tmp_path / "disk/run", strategy, SHORT, seldom, out=tmp_path)
         job = runs.job()
-        job.wait_for_lines(runs.run / "log.jsonl", 21)
+        job.wait_for_lines(runs.run / "log.jsonl", SHORT[0] + 1)
         subprocess.run(["dd", "if=/dev/zero", f"of={tmp_path / 'disk/filler'}", "bs=64k"], capture_output=True)
-        assert job.running
         codes = job.wait(60)
         error = error_of(job.ranks[0].printed)
-        assert codes[0] == 2 and "No space left" in error and "step-00000020.ckpt stands" in error, error
+        assert codes[0] == 2 and "No space left" in error and f"{SHORT[0]:08d}.ckpt stands" in error, error
         for rank, code in list(zip(job.ranks, codes, strict=True))[1:]:
             error = error_of(rank.printed)
             assert code == EXIT_CODE and "rank 0 (host" in error and "No space left" in error, error
-        look(runs, 20)
+        look(runs, SHORT[0])
         (tmp_path / "disk/filler").unlink()
         runs.job().finish()
-        assert_same(runs, unbroken)
+        assert_same(runs, unbroken(strategy))
 
 
-def test_a_disk_too_small_for_the_model(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_disk_too_small_for_the_model(tiny: Tiny, tmp_path: Path, unbroken: Callable[[str], Runs]) -> None:
     """The stage's checkpoint still fits, what it ends with does not."""
-    once = "training.checkpoint_every=20"
-    unbroken = Runs(tiny, tmp_path / "unbroken", "none", 4, once)
-    unbroken.job().finish()
-    model = size_of(unbroken.run / "model")
-    with small_disk(tmp_path / "disk", size_of(unbroken.run) - 2.5 * model):
-        runs = Runs(tiny, tmp_path / "disk/run", "none", 4, once, outside=tmp_path)
+    whole = unbroken("none").run
+    with small_disk(tmp_path / "disk", size_of(whole) - 2.5 * size_of(whole / "model")):
+        once = "training.checkpoint_every=100"
+        runs = Runs(tiny, tmp_path / "disk/run", "none", SHORT, once, out=tmp_path)
         job = runs.job()
         assert job.wait(60) == [2], job.printed
         error = error_of(job.printed)
         assert "stages/global: cannot be written" in error and "No space left" in error, error
-        look(runs, 4)
+        look(runs, SHORT[0])
         assert not any((runs.run / "stages").iterdir())
         make_room(tmp_path / "disk")
         runs.job().finish()
-        assert_same(runs, unbroken)
+        assert_same(runs, unbroken("none"))

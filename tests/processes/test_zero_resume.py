@@ -76,4 +76,6 @@ def test_killed_on_two_ranks_then_one_then_four(tiny: Tiny, tmp_path: Path, unbr
     found = {name: difference(run, other) for name, other in (("one rank", unbroken), ("two", tmp_path / "two"))}
     print(f"{strategy}: largest difference of a loss from the unbroken run on {found}")
     assert max(found.values()) < MOST
-    assert any(found.values()), "on several ranks the sums are taken in another order: equal digits would be no such run"
+    assert any(found.values()), (
+        "on several ranks the sums are taken in another order: equal digits would be no such run"
+    )

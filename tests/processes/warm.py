@@ -85,7 +85,11 @@ class Job:
         self.ranks = []
         for rank in range(count):
             place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TMPDIR": os.environ.get("TMPDIR", tempfile.gettempdir())}
+            place |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "TMPDIR": os.environ.get("TMPDIR", tempfile.gettempdir()),
+            }
             words = {name: str(value) for name, value in place.items()}
             self.ranks.append(Rank(Request([*arguments], words, str(out / f"{rank}.out"), spoiled)))
 

@@ -441,6 +441,29 @@ def test_global_batches_depend_neither_on_ranks_nor_on_workers(two_sources: Data
         assert sum(key.startswith("1:") for key in whole.keys) in (1, 2, 3)
 
 
+@pytest.mark.parametrize(("micro_batch", "sizes"), [(3, [3, 3, 2]), (8, [8]), (100, [8]), (None, [8]), (1, [1] * 8)])
+def test_a_share_comes_in_micro_batches(split: Path, micro_batch: int | None, sizes: list[int]):
+    whole = batches(stage_data(split, samples=16, global_batch=8))
+    data = stage_data(split, samples=16, global_batch=8, micro_batch=micro_batch)
+    shares = list(data.train_dataloader())
+    assert [[len(batch.keys) for batch in share.micros] for share in shares] == [sizes] * 2
+    for share, batch in zip(shares, whole, strict=True):
+        assert share.keys == batch.keys and share.regions == len(batch.boxes_R4)
+        assert torch.equal(torch.cat([part.pictures for part in share.micros]), batch.pictures)
+        for part in share.micros:
+            alone = part.embedded_texts
+            if len(sizes) == 1:
+                assert alone is None
+                continue
+            assert alone is not None and len(alone.written_K) == 0
+            assert len(alone.emb_index_M) == len(part.texts.emb_index_M)
+            assert alone.useful_tokens < part.texts.useful_tokens
+    resumed = stage_data(split, samples=16, global_batch=8, micro_batch=micro_batch)
+    resumed.load_state_dict({"samples_consumed": 8})
+    (last,) = resumed.train_dataloader()
+    assert last.keys == whole[1].keys
+
+
 @pytest.mark.parametrize("consumed", [4, 12, 28, 40])
 def test_a_resumed_stage_goes_on_bit_by_bit(split: Path, consumed: int):
     whole = batches(stage_data(split))
