@@ -22,7 +22,8 @@ MOST_MEMORY = 0.15
 # Frozen statistics, since a batch norm that trains counts over the pictures that it sees at once.
 SETTINGS = (
     "stages.1=null", "stages.0.samples=null", f"stages.0.steps={STEPS}", "stages.0.lr=3e-4",
-    "model.vision.frozen_statistics=true", f"model.vision.image_size={SIZE}", "model.vision.config.channels=[8,8,16,16]",
+    "model.vision.frozen_statistics=true",
+    f"model.vision.image_size={SIZE}", "model.vision.config.channels=[8,8,16,16]",
     "model.llm.config.num_hidden_layers=1", "model.llm.config.hidden_size=32", "model.llm.config.intermediate_size=64",
     "model.embed_dim=16", "model.max_tokens=45", "data.row_tokens=96", "training.sample_every=0",
 )  # fmt: skip
@@ -60,10 +61,10 @@ def test_1024_samples_at_a_micro_batch_of_16(tmp_path: Path) -> None:
     difference = max(abs(one[n] / other[n] - 1) for one, other in zip(*lines, strict=True) for n in FIGURES)
     more = {name: peaks[name] - peaks["small"] for name in ("cached", "at once")}
     share = GLOBAL * 3 * SIZE**2 * 4
+    print(f"\nlargest relative difference of a figure: {difference:.1e}")
     print(
-        f"\nlargest relative difference of a figure: {difference:.1e}\npeak memory above that of a run of {MICRO} "
-        f"({peaks['small'] / 1e6:.0f} MB): at once {more['at once'] / 1e6:.0f} MB, cached {more['cached'] / 1e6:.0f} MB, "
-        f"of which a share's pictures {share / 1e6:.0f} MB"
+        f"peak memory above the {peaks['small'] / 1e6:.0f} MB of a run of {MICRO}: at once {more['at once'] / 1e6:.0f} MB, "
+        f"cached {more['cached'] / 1e6:.0f} MB (a share's pictures: {share / 1e6:.0f} MB)"
     )
     assert difference < MOST
     assert more["cached"] < MOST_MEMORY * more["at once"]

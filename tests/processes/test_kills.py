@@ -137,7 +137,7 @@ def test_kill_9(
         seconds = chance.uniform(0, start) if done % 3 == 0 else 100
         finished = until(runs, job, seconds, chance.randint(1, 3), writing=hits < writing and done % 3 == 2)
         time.sleep(chance.choice([0, chance.uniform(0, 0.1)]) if done % 3 == 1 else 0)
-        if runs.count > 1 and done % 2:
+        if runs.count > 1 and done % 4 == 1:  # once at any moment, once while writing, but not before they have met
             kill_one(job, chance.choice([0, 1]))
         else:
             job.kill()

@@ -150,10 +150,11 @@ def _forks() -> subprocess.Popen[str]:
 
 def _import_all() -> None:
     import deepspeed.ops
+    import deepspeed.runtime.zero.muon.muon_optimizer  # with torch's compiler
     import deepspeed.runtime.zero.stage3
     import deepspeed.runtime.zero.stage_1_and_2
     import timm  # noqa: F401
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import mmgem.training.run  # noqa: F401

@@ -200,7 +200,7 @@ def test_wrong_types_are_refused_with_their_place(file: Path, override: str, pla
     [
         (["stages=[]"], "at least one stage is needed"),
         (["training.strategy=deepspeed_2", "training.precision=64"], "DeepSpeed keeps no fp64"),
-        (["training.strategy=deepspeed_1", "stages.0.ema=0.9"], "ema wants whole weights; set training.strategy to ddp"),
+        (["training.strategy=deepspeed_1", "stages.0.ema=0.9"], "ema wants whole weights; set training.strategy"),
         (["stages.1.name=one"], r"names must differ, given \['one', 'one'\]"),
         (["seed=-1"], "seed must be 0 or more"),
         (["model.max_tokens=0"], "max_tokens must be at least 1"),
