@@ -60,7 +60,7 @@ class Launch:
         self.stderr = ""
 
     def wait(self) -> None:
-        self.stderr = self.process.wait().err
+        self.stderr = self.process.wait(timeout=480).err
 
     def outcomes(self, case: Case) -> list[Outcome]:
         """Of each rank."""
