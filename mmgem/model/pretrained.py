@@ -31,6 +31,7 @@ def save_pretrained(model: MMGem, path: Path) -> None:
 
     Raises UserError for a folder that holds something else, since that would be lost.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_model
 
     refuse_to_replace(path)
@@ -43,6 +44,8 @@ def save_pretrained(model: MMGem, path: Path) -> None:
         (unfinished / "config.json").write_text(config_json(model))
         unfinished.chmod(0o755)
         replace_folder(unfinished, path)
+    except SafetensorError as e:  # what it makes of an OSError
+        raise UserError(f"{path}: cannot be written ({one_line(e)}); make room, and try again") from e
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

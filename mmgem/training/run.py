@@ -6,6 +6,7 @@ what `RunFolder.begin`, the data and the model refuse.
 
 from __future__ import annotations
 
+import errno
 import logging
 import shlex
 import shutil
@@ -17,6 +18,7 @@ import torch
 from mmgem.config import Config
 from mmgem.data.plan import Machines, refuse_impossible, stage_steps
 from mmgem.data.sources import Sources, open_training_data
+from mmgem.errors import UserError
 from mmgem.model import MMGem
 from mmgem.training.arithmetic import count_parameters
 from mmgem.training.build import build, choose_device
@@ -47,6 +49,11 @@ def train(config: Config, resume: str = "never") -> int:
             stopped_by = _train(config, resume, folder, ranks, watchdog)
     except Stopped as e:
         stopped_by = e.number
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        stands = folder.newest() or "no checkpoint"
+        raise UserError(f"{folder.path}: {e.strerror}; {stands} stands; make room, and go on with --resume auto") from e
     except PeerLost as e:
         print(f"mmgem: error: {e}", file=sys.stderr)
         return PeerLost.exit_code

@@ -33,7 +33,7 @@ from mmgem.training.features import FeatureCache, feature_cache
 from mmgem.training.module import NotFinite, ShardedStageModule, StageModule
 from mmgem.training.ranks import Ranks, StartedRanks
 from mmgem.training.saved import Saved, for_ranks
-from mmgem.training.strategy import make_strategy, whole_state
+from mmgem.training.strategy import PlainFiles, make_strategy, whole_state
 from mmgem.training.throughput import Throughput
 from mmgem.training.watchdog import Watchdog, WatchdogCallback
 
@@ -82,7 +82,7 @@ def train_stage(run: Run, number: int, model: MMGem, saved: Saved | None) -> tup
         strategy=make_strategy(
             run.strategy, config.training, ranks, device, stage.clip_grad, universal=bool(saved and place != saved.path)
         ),
-        plugins=[StartedRanks(ranks)],
+        plugins=[StartedRanks(ranks), PlainFiles()],
         use_distributed_sampler=False,  # the sampler is ours, see StageSampler
         precision="bf16-mixed" if uses_bf16(config) else "32-true",
         max_epochs=1,

@@ -10,13 +10,14 @@ and DeepSpeed count on that. Lightning would wrap the whole training step instea
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
@@ -212,6 +213,14 @@ def _exact(now: Tensor, before: Tensor | None) -> Tensor:
     return at_least_fp32(now) if now.is_floating_point() else now
 
 
+class PlainFiles(TorchCheckpointIO):
+    """Writes a checkpoint to its place. Lightning's own writes it to memory, then to the system's folder of temporary
+    files, where a kill leaves it, and then there."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)
+
+
 class _StepByStep(Strategy):
     """The training step itself is not wrapped: the forwards in it are. A checkpoint that a rank cannot write must not
     keep the others waiting: its error is kept for later, when all look for one."""
@@ -256,15 +265,12 @@ class DeepSpeed(_StepByStep, DeepSpeedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         engine: Any = self.model
-        write = engine.checkpoint_engine.save
-
-        def keep_error(*args: Any, **options: Any) -> None:
-            try:
-                write(*args, **options)
-            except (OSError, RuntimeError) as e:
-                self.save_error = e
-
-        engine.checkpoint_engine.save = keep_error
+        # They wait for nobody: where one fails, its rank must still come to where all wait for each other.
+        places = [(engine.checkpoint_engine, "makedirs"), (engine.checkpoint_engine, "save")]
+        places.append((engine, "_copy_recovery_script"))
+        writers = [getattr(owner, name) for owner, name in places]
+        for (owner, name), write in zip(places, writers, strict=True):
+            setattr(owner, name, self._keeping_error(write))
         try:
             engine.save_checkpoint(
                 str(filepath),
@@ -274,7 +280,17 @@ class DeepSpeed(_StepByStep, DeepSpeedStrategy):
                 exclude_frozen_parameters=True,
             )
         finally:
-            engine.checkpoint_engine.save = write
+            for (owner, name), write in zip(places, writers, strict=True):
+                setattr(owner, name, write)
+
+    def _keeping_error(self, write: Callable[..., None]) -> Callable[..., None]:
+        def keeping(*args: Any, **options: Any) -> None:
+            try:
+                write(*args, **options)
+            except (OSError, RuntimeError) as e:
+                self.save_error = e
+
+        return keeping
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         # From the universal form, ZeRO 3 gives all groups the first one's settings, e.g. its weight decay, and all one
