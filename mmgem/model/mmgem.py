@@ -118,7 +118,8 @@ class MMGem(nn.Module):
         """
         map_BCHW = self.vision.rest(pictures) if from_trunk else self.vision(pictures)
         v_BE = self.image_vectors_from_map(map_BCHW)
-        if boxes_R4 is not None and region_image_R is not None and len(boxes_R4):
+        # Also without a box: each rank and micro-batch calls the same modules, as ZeRO 3 wants it.
+        if boxes_R4 is not None and region_image_R is not None:
             r_RE = self.region_vectors_from_map(map_BCHW, boxes_R4, region_image_R)
         else:
             r_RE = v_BE.new_zeros(0, v_BE.shape[1])

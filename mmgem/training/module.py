@@ -127,14 +127,15 @@ class StageModule(L.LightningModule):
         losses = {name: loss.detach() for name, loss in losses.items()}
         losses |= {name: torch.zeros((), device=self.device) for name in WRITTEN_LOSSES if name in counts}
         for number, batch in enumerate(micros):
+            last = number == len(micros) - 1
             batch = batch.to(self.device)
             self._seed(step, number)
-            out, sums = engine.forward(batch, write=True)
+            out, sums = engine.forward(batch, write=True, last=last)
             vectors = _vectors(out, batch)
             refuse_other_vectors(first[number], vectors)
             written = {name: caption_loss(sums[name], counts[name]) for name in sums if name in counts}
             loss = surrogate(vectors, gradients[number]) + self._weighed(written) + _nothing(out, sums)
-            engine.backward(loss, last=number == len(micros) - 1)
+            engine.backward(loss, last)
             losses |= {name: losses[name] + part.detach() for name, part in written.items()}
         return {"loss": self._weighed(losses), **losses}
 
@@ -146,7 +147,7 @@ class StageModule(L.LightningModule):
             batch.pictures.to(self.model.h1.weight.dtype),
             texts,
             batch.text_vector_M,
-            batch.boxes_R4,
+            batch.boxes_R4 if self.stage.max_regions else None,
             batch.region_image_R,
             self.from_trunk,
         )

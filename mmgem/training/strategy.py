@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mmgem.config import Config, TrainingConfig
 from mmgem.precision import at_least_fp32
@@ -38,9 +39,10 @@ class Engine:
         self.trainer, self.strategy = trainer, trainer.strategy
         self.deepspeed = isinstance(trainer.strategy, DeepSpeedStrategy)
 
-    def forward(self, *args: Any, **options: Any) -> Any:
+    def forward(self, *args: Any, last: bool = True, **options: Any) -> Any:
+        """last: as in `backward`; DistributedDataParallel decides here whether the backward adds gradients up."""
         assert self.strategy.model is not None
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), self._apart(last):
             return self.strategy.model(*args, **options)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -50,9 +52,12 @@ class Engine:
             engine.set_gradient_accumulation_boundary(last)
             engine.backward(loss, scale_wrt_gas=False)
             return
-        block = getattr(self.strategy.model, "no_sync", None)
-        with block() if block is not None and not last else nullcontext():
+        with self._apart(last):
             loss.backward()
+
+    def _apart(self, last: bool) -> AbstractContextManager[None]:
+        model = self.strategy.model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
 
     def step(self, clip_grad: float, lr_factor: float) -> None:
         """Clips (DeepSpeed does it itself), sets the learning rate and moves the weights. Also counts the step."""
