@@ -42,11 +42,7 @@ def caption_kernel(
 
     label_smoothing: its share is the mean of −log p over the vocabulary. softcap: c of scores c · tanh(score / c).
     """
-    if name == "torch":
-        return lambda hidden_TD, weight_VD, bias_V: sum_of_caption_losses(
-            hidden_TD, weight_VD, bias_V, labels_T, label_smoothing, softcap
-        )
-    kernel = {"liger": _liger, "cce": _cut_cross_entropy}[name]
+    kernel = {"torch": sum_of_caption_losses, "liger": _liger, "cce": _cut_cross_entropy}[name]
     return lambda hidden_TD, weight_VD, bias_V: kernel(hidden_TD, weight_VD, bias_V, labels_T, label_smoothing, softcap)
 
 

@@ -81,8 +81,8 @@ def _train(config: Config, resume: str, folder: RunFolder, ranks: Ranks, watchdo
     state = saved.run_state if saved is not None else RunState()
     steps = [stage_steps(stage, len(dataset)) for stage in config.stages]
     # A checkpoint of a later stage than the config has is refused when the model is built.
-    stage = config.stages[min(state.stage, len(steps) - 1)]
-    stage_done = state.samples >= steps[config.stages.index(stage)] * stage.global_batch
+    stage = min(state.stage, len(steps) - 1)
+    stage_done = state.samples >= steps[stage] * config.stages[stage].global_batch
     model = build(config, dataset, folder, saved, stage_done, ranks)
     run = Run(config, dataset, folder, ranks, watchdog, strategy, steps)
 
