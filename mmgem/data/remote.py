@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,10 +101,10 @@ class Remote:
             except Exception as error:  # each file system raises types of its own
                 if refusal := _refusal(url, error):
                     raise refusal from error
-                if number == tries - 1:
+                if number == tries - 1 or not threading.main_thread().is_alive():  # nobody waits for it at the end
                     last = _said(error)
                     raise UserError(
-                        f"cannot read {url}, tried {tries} times: {last}; look at the connection and the server, then "
+                        f"cannot read {url}, tried {number + 1} times: {last}; look at the connection and the server, then "
                         "run again"
                     ) from error
                 if time.monotonic() - begun > _SILENT:

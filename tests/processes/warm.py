@@ -1,8 +1,8 @@
 """Ranks that start at once: forks of a process that has imported everything, which takes longer than what they do.
 
 Receives the arguments of `mmgem`. Gives processes of their own, each in a group of its own, with the time of its end.
-Run as a script it is the process that forks: it reads one request a line, as JSON, until its input ends, and then ends
-its ranks, too.
+Run as a script it is the process that forks: it reads one request a line, as JSON, until an empty one or the end of
+its input, and then ends its ranks, too.
 """
 
 from __future__ import annotations
@@ -141,8 +141,19 @@ def _forks() -> subprocess.Popen[str]:
     forks = subprocess.Popen(
         command, stdin=subprocess.PIPE, text=True, bufsize=1, env={**os.environ, **early}, start_new_session=True
     )
-    atexit.register(forks.communicate)  # closes its input, and waits
+    atexit.register(_end, forks)
     return forks
+
+
+def _end(forks: subprocess.Popen[str]) -> None:
+    """In words: while any fork of this process lives, such as a loader's worker, the input does not end."""
+    assert forks.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        forks.stdin.write("\n")
+    try:
+        forks.wait(30)
+    except subprocess.TimeoutExpired:
+        forks.kill()
 
 
 # --- the process that forks -----------------------------------------------------------------------------------------
@@ -168,7 +179,7 @@ def _serve() -> int:
     running: dict[int, Path] = {}
     while True:
         if select.select([0], [], [], 0.01)[0]:
-            line = _line()
+            line = _line().strip()
             if not line:
                 break
             request = Request(**json.loads(line))
