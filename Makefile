@@ -13,8 +13,9 @@ quickstart: venv
 	$(RUN)/mmgem train --config configs/quickstart.yaml --resume auto
 	$(RUN)/mmgem eval all --model runs/quickstart --data data/scenes --split test --stages
 
+## two processes share the files, those that start ranks first
 test: venv
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(RUN)/ruff check .
