@@ -1,6 +1,8 @@
 """Ranks, recalls, chance and standard errors, against a naive full matrix and by hand."""
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,9 +11,15 @@ import torch
 from mmgem.evaluation.metrics.retrieval import (
     Positives,
     best_ranks,
+    chance_precision,
     chance_recall,
+    first_ranks,
+    per_query,
+    positive_ranks,
     recall_scores,
+    retrieval_scores,
     top_k,
+    unit_vectors,
 )
 from mmgem.evaluation.metrics.scores import bootstrap_stderr, median_stderr
 from mmgem.phrases import normalise_phrase
@@ -39,6 +47,17 @@ def random_case(seed, queries=37, gallery=90, dim=8):
         count = int(torch.randint(1, 6, (1,), generator=generator))
         lists.append(torch.randperm(gallery, generator=generator)[:count].tolist())
     return q, g, lists
+
+
+def naive_positive_ranks(queries, gallery, lists):
+    """Wrong rows before each right one, full matrix in float64, one pair at a time."""
+    unit = torch.nn.functional.normalize
+    out = []
+    for scores, right in zip(unit(queries.double(), dim=1) @ unit(gallery.double(), dim=1).T, lists, strict=True):
+        wrong = torch.ones(len(gallery), dtype=torch.bool)
+        wrong[right] = False
+        out += [int((scores[wrong] >= scores[p] - 1e-6).sum()) for p in right]
+    return out
 
 
 @pytest.mark.parametrize("tiles", [(1024, 8192), (5, 7), (37, 90), (1, 1), (10, 64)])
@@ -102,6 +121,171 @@ def test_recalls_by_hand():
     # Image 0: its caption 0 wins. Image 1: caption 1, which is not its own, stands before its own.
     assert best_ranks(images, texts, to_text).tolist() == [0, 1]
     assert image.chance == pytest.approx({"image_retrieval_recall@1": 0.5, "image_retrieval_recall@2": 1.0})
+
+
+@pytest.mark.parametrize("tiles", [(None, None), (5, 7), (1, 1), (10, 64)])
+@pytest.mark.parametrize("most", [6, 60])  # few right rows are counted in another way than many
+def test_the_rank_of_every_right_row_equals_the_naive_one(tiles, most):
+    for seed in range(2):
+        q, g, _ = random_case(seed)
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.randint(1, most, (len(q),), generator=generator).tolist()
+        lists = [torch.randperm(len(g), generator=generator)[:n].tolist() for n in counts]
+        positives = Positives.from_lists(lists, len(g))
+        found = positive_ranks(q, g, positives, query_tile=tiles[0], gallery_tile=tiles[1])
+        assert found.tolist() == naive_positive_ranks(q, g, lists)
+        assert first_ranks(found, positives).tolist() == naive_ranks(q, g, lists).tolist()
+
+
+@pytest.mark.parametrize("most", [6, 50])
+def test_the_rank_of_every_right_row_among_ties_and_copies(most):
+    generator = torch.Generator().manual_seed(3)
+    kinds = torch.randn(4, 256, generator=generator)
+    g = kinds[torch.randint(0, 4, (60,), generator=generator)]
+    q = kinds[torch.randint(0, 4, (20,), generator=generator)]
+    lists = [torch.randperm(60, generator=generator)[: 1 + i * most // 20].tolist() for i in range(20)]
+    found = positive_ranks(q, g, Positives.from_lists(lists, 60), query_tile=7, gallery_tile=13)
+    assert found.tolist() == naive_positive_ranks(q, g, lists)
+    assert max(map(len, lists)) > (32 if most == 50 else 4)
+
+
+def test_every_figure_by_hand():
+    # One image, two captions of it (a, b) and three others; the order of all is x a y b z.
+    images = torch.tensor([[1.0, 0.0]])
+    angles = torch.tensor([0.2, 0.4, 0.1, 0.3, 0.5])  # a b x y z
+    texts = torch.stack([angles.cos(), angles.sin()], dim=1)
+    positives = Positives.from_lists([[1, 0]], 5)  # b is named first: the order of naming is kept
+    ahead = positive_ranks(images, texts, positives)
+    assert ahead.tolist() == [2, 1]
+    found = {name: float(values[0]) for name, values in per_query(ahead, positives, ks=(1, 2, 3, 4)).items()}
+    assert found == pytest.approx(
+        {
+            "recall@1": 0.0,
+            "recall@2": 1.0,
+            "recall@3": 1.0,
+            "recall@4": 1.0,
+            "strict_recall@1": 0.0,
+            "strict_recall@2": 0.5,
+            "strict_recall@3": 0.5,
+            "strict_recall@4": 1.0,
+            "mAP": (1 / 2 + 2 / 4) / 2,
+            "mAP@R": (0 + 1 / 2) / 2,  # the first two places: wrong, right
+            "median_rank": 2.0,
+        }
+    )
+
+
+def test_five_captions_an_image_by_hand():
+    # Image 0 finds its five captions at places 1 to 5, image 1 at 1, 2, 6, 7 and 10.
+    ahead = torch.tensor([0, 0, 0, 0, 0, 5, 0, 3, 3, 0])
+    positives = Positives.from_lists([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], 10)
+    found = retrieval_scores("x", ahead, positives, samples=20)
+    precision = (1 / 1 + 2 / 2 + 3 / 6 + 4 / 7 + 5 / 10) / 5
+    assert found.metrics == pytest.approx(
+        {
+            "x_recall@1": 1.0,
+            "x_recall@5": 1.0,
+            "x_recall@10": 1.0,
+            "x_strict_recall@1": 0.2,
+            "x_strict_recall@5": (1.0 + 0.4) / 2,
+            "x_strict_recall@10": 1.0,
+            "x_mAP": (1 + precision) / 2,
+            "x_mAP@R": (1 + 0.4) / 2,
+            "x_median_rank": 1.0,
+        }
+    )
+    assert set(found.stderr) == set(found.metrics)
+    assert found.stderr["x_recall@1"] == 0 < found.stderr["x_mAP"]
+    assert retrieval_scores("x", ahead, positives, samples=0).stderr == {}
+
+
+def test_ties_count_against_each_right_row():
+    # All rows are one: each right row stands behind the three wrong ones, and only behind these.
+    q, g = torch.ones(1, 8), torch.ones(5, 8)
+    ahead = positive_ranks(q, g, Positives.from_lists([[0, 4]], 5))
+    assert ahead.tolist() == [3, 3]
+    found = per_query(ahead, Positives.from_lists([[0, 4]], 5), ks=(3, 4, 5))
+    assert [float(found[f"strict_recall@{k}"][0]) for k in (3, 4, 5)] == [0.0, 0.5, 1.0]
+    assert float(found["mAP"][0]) == pytest.approx((1 / 4 + 2 / 5) / 2)
+
+
+def test_one_phrase_for_several_boxes_and_a_query_alone():
+    # Boxes 0 and 2 are both "a dog": many-to-many, and each phrase is a query once.
+    phrases = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    boxes = torch.tensor([[1.0, 0.1], [0.1, 1.0], [0.2, 1.0]])
+    to_box = Positives.from_lists([[0, 2], [1]], 3)
+    ahead = positive_ranks(phrases, boxes, to_box)
+    assert ahead.tolist() == [0, 0, 0]  # box 1 has 0.0995 for the first phrase, box 2 has 0.196
+    back = positive_ranks(boxes, phrases, to_box.reversed())
+    assert back.tolist() == [0, 0, 1]
+    found = retrieval_scores("x", back, to_box.reversed(), ks=(1,), samples=0).metrics
+    assert found["x_recall@1"] == found["x_strict_recall@1"] == pytest.approx(2 / 3)
+    assert found["x_mAP"] == pytest.approx((1 + 1 + 1 / 2) / 3)
+
+
+def test_all_figures_equal_naive_ones_and_the_recalls_agree_with_recall_scores():
+    q, g, lists = random_case(4, dim=4)
+    positives = Positives.from_lists(lists, len(g))
+    ahead = positive_ranks(q, g, positives)
+    scores = torch.nn.functional.normalize(q, dim=1) @ torch.nn.functional.normalize(g, dim=1).T
+    strict, precision, cut = [], [], []
+    for row, right in zip(scores, lists, strict=True):
+        hits = torch.isin(row.argsort(descending=True), torch.tensor(right)).double()
+        precisions = hits.cumsum(0) / torch.arange(1, len(g) + 1)
+        strict.append(hits[:5].sum() / len(right))
+        precision.append((precisions * hits).sum() / len(right))
+        cut.append((precisions * hits)[: len(right)].sum() / len(right))
+    found = retrieval_scores("x", ahead, positives, samples=30)
+    assert found.metrics["x_strict_recall@5"] == pytest.approx(float(torch.stack(strict).mean()))
+    assert found.metrics["x_mAP"] == pytest.approx(float(torch.stack(precision).mean()))
+    assert found.metrics["x_mAP@R"] == pytest.approx(float(torch.stack(cut).mean()))
+    old = recall_scores("x", best_ranks(q, g, positives), positives, samples=30)
+    for name, value in old.metrics.items():
+        assert found.metrics[name] == value
+        assert found.stderr[name] == old.stderr[name]
+        assert found.chance.get(name) == old.chance.get(name)
+
+
+def test_chance_of_all_figures_is_the_expectation_over_all_orders():
+    gallery, right = 5, 3
+    orders = list(itertools.permutations(range(gallery)))
+    positives = Positives.from_lists([list(range(right))] * len(orders), gallery)
+    ahead = [sum(x >= right for x in order[: order.index(p)]) for order in orders for p in range(right)]
+    found = retrieval_scores("x", torch.tensor(ahead), positives, ks=(1, 2, 4, 9), samples=0)
+    for name, value in found.chance.items():
+        assert found.metrics[name] == pytest.approx(value), name
+    assert chance_precision(torch.tensor([1]), 1) == chance_precision(torch.tensor([1]), 1, cut=True) == 1.0
+
+
+def test_vectors_of_other_dtypes_and_rows_of_zeros():
+    q, g, lists = random_case(2)
+    positives = Positives.from_lists(lists, len(g))
+    half = positive_ranks(q.half(), g.half(), positives)
+    assert half.tolist() == naive_positive_ranks(q.half().float(), g.half().float(), lists)
+    g[lists[0]] = 0.0  # a row of zeros has the cosine 0 with all
+    assert positive_ranks(q, g, positives).tolist() == naive_positive_ranks(q, g, lists)
+    assert unit_vectors(torch.zeros(2, 3)).tolist() == [[0.0] * 3] * 2
+
+
+def test_positive_ranks_hold_no_copy_of_the_vectors():
+    """A child reads 200 MB of vectors and may take 40 MB more."""
+    script = """
+import torch
+from mmgem.evaluation.metrics.retrieval import Positives, positive_ranks
+torch.set_num_threads(1)
+def peak():
+    (line,) = (x for x in open("/proc/self/status") if x.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
+g = torch.zeros(400_000, 128)
+g[:, 0] = 1
+q = torch.eye(2, 128)
+positive_ranks(q, g[:5000], Positives.from_lists([[0], [1]], 5000))
+before = peak()
+positive_ranks(q, g, Positives.from_lists([[0], [1]], 400_000))
+print(peak() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert float(out) < 40
 
 
 def test_positives_from_ids_from_lists_and_reversed_agree():
