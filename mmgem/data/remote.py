@@ -104,8 +104,8 @@ class Remote:
                 if number == tries - 1 or not threading.main_thread().is_alive():  # nobody waits for it at the end
                     last = _said(error)
                     raise UserError(
-                        f"cannot read {url}, tried {number + 1} times: {last}; look at the connection and the server, then "
-                        "run again"
+                        f"cannot read {url}, tried {number + 1} times: {last}; look at the connection and the server, "
+                        "then run again"
                     ) from error
                 if time.monotonic() - begun > _SILENT:
                     print(f"{url}: {_said(error)}; trying again ({number + 2} of {tries})", file=sys.stderr)
