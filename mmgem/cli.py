@@ -131,17 +131,11 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 def run_eval(args: Arguments) -> int:
     _reachable_model(args.model)
     models = _models_of(args.model, args.stages)
-    from mmgem.data.shards import ShardedDataset
-    from mmgem.evaluation.run import evaluate
-    from mmgem.evaluation.tasks import TASKS, TaskOptions
+    from mmgem.evaluation.run import evaluate, tasks_for
+    from mmgem.evaluation.tasks import TaskOptions
+    from mmgem.inference.ranks import Ranks
 
-    tasks = [args.task]
-    if args.task == "all":
-        tasks = list(TASKS)
-        if (args.data / args.split).is_dir():
-            split = ShardedDataset(args.data / args.split)
-            # A split that allows none keeps them all: `evaluate` then says what it lacks.
-            tasks = [name for name, task in TASKS.items() if not task.lacks(split)] or tasks
+    tasks = tasks_for(args.data, args.split) if args.task == "all" else [args.task]
     options = TaskOptions(
         num_beams=args.beams,
         length_penalty=args.length_penalty,
@@ -150,6 +144,7 @@ def run_eval(args: Arguments) -> int:
     )
     out = args.out or args.model / "report"
     baseline = [next(iter(models))] if args.baseline == "crop" else []
+    ranks = Ranks()
     evaluate(
         models,
         args.data,
@@ -160,8 +155,11 @@ def run_eval(args: Arguments) -> int:
         crop_baseline=baseline,
         device=args.device,
         run_dir=args.model if (args.model / "log.jsonl").is_file() else None,
+        ranks=ranks,
     )
-    print(f"{out}/metrics.json\n{out}/report.html")
+    if ranks.first:
+        print(f"{out}/metrics.json\n{out}/report.html")
+    ranks.close()
     return 0
 
 

@@ -71,6 +71,46 @@ class TextCodec:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+class PrefixTree:
+    """The texts that may be written, as a tree of their ids: what may follow a beginning, and which text an end is.
+
+    Texts of the same ids are one, under the first one's row. Texts over `max_tokens` are cut.
+    """
+
+    def __init__(self, codec: TextCodec, texts: Sequence[str]):
+        if not texts:
+            raise ValueError("no texts to choose from")
+        self._eos = codec.eos_id
+        self._root: dict[int, Any] = {}
+        self._rows: dict[tuple[int, ...], int] = {}
+        for row, ids in enumerate(codec.encode(texts)[0]):
+            node = self._root
+            for token in ids:
+                node = node.setdefault(token, {})
+            node[self._eos] = {}
+            self._rows.setdefault(tuple(ids), row)
+        self.longest = max(map(len, self._rows))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def following(self, ids: Sequence[int]) -> list[int]:
+        """Which ids may stand next; after the end, and after what begins no text, only the end."""
+        node = self._root
+        for token in ids:
+            node = node.get(token)
+            if not node:
+                return [self._eos]
+        return list(node)
+
+    def row(self, ids: Sequence[int]) -> int:
+        """Of the text that these ids (up to the first end) are, or -1."""
+        ids = list(ids)
+        if self._eos not in ids:
+            return -1
+        return self._rows.get(tuple(ids[: ids.index(self._eos)]), -1)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, lowercase: bool) -> Any:
     """A byte-level BPE tokenizer (nothing is out of vocabulary) trained on the texts; same texts, same tokenizer."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers

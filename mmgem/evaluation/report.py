@@ -1,9 +1,8 @@
 """The report: one HTML file that opens anywhere, without network, scripts or other files.
 
-Receives the results of one or several models (stages) on one split, a way to fetch image i of the
-split, and what is known of the run. Gives the page: what the model is, the figures, the curves of
-training, and examples drawn by lot as well as the worst. Texts from data and models are escaped.
-Refuses a report without results, with a ValueError.
+Receives the results of one or several models (stages), and what is known of the run. Gives the page: what the model is,
+the figures, the curves of training, and examples drawn by lot as well as the worst. Texts from data and models are
+escaped. Refuses a report without results, with a ValueError.
 """
 
 import json
@@ -52,19 +51,19 @@ class About:
     footer: str = ""
 
 
-def write_report(path: Path, results: Sequence[TaskResult], fetch: Fetch, about: About) -> None:
-    """Writes the page, whole or not at all. `fetch(i)` gives the picture of image i."""
-    write_text(path, render_report(results, fetch, about))
+def write_report(path: Path, results: Sequence[TaskResult], about: About) -> None:
+    """Writes the page, whole or not at all."""
+    write_text(path, render_report(results, about))
 
 
-def render_report(results: Sequence[TaskResult], fetch: Fetch, about: About) -> str:
+def render_report(results: Sequence[TaskResult], about: About) -> str:
     """The page as a string."""
     if not results:
         raise ValueError("a report needs at least one result")
-    return render(PAGE, page_parts(results, fetch, about))
+    return render(PAGE, page_parts(results, about))
 
 
-def page_parts(results: Sequence[TaskResult], fetch: Fetch, about: About) -> dict[str, Any]:
+def page_parts(results: Sequence[TaskResult], about: About) -> dict[str, Any]:
     """The values that the template names."""
     models = list(dict.fromkeys(r.model for r in results))
     last = models[-1]
@@ -82,11 +81,11 @@ def page_parts(results: Sequence[TaskResult], fetch: Fetch, about: About) -> dic
         "ratio_name": f"{last} ÷ {models[0]}" if len(models) > 1 else "÷ chance",
         "tables": [_table(task, rows, models) for task, rows in of_task.items()],
         "charts": charts(read_log(about.log)),
-        "captions": _both(of_task.get("captioning", []), last, CaptionExample, _captions, fetch),
-        "regions": _both(regions, last, RegionExample, _regions, fetch)
+        "captions": _both(of_task.get("captioning", []), last, CaptionExample, _captions),
+        "regions": _both(regions, last, RegionExample, _regions)
         | {"judged": any("region_colour_shape_accuracy" in r.metrics for r in regions)},
-        "images": _both(of_task.get("retrieval", []), last, SearchExample, _searches, fetch),
-        "boxes": _both(of_task.get("region-retrieval", []), last, SearchExample, _searches, fetch),
+        "images": _both(of_task.get("retrieval", []), last, SearchExample, _searches),
+        "boxes": _both(of_task.get("region-retrieval", []), last, SearchExample, _searches),
         "footer": about.footer,
     }
 
@@ -147,11 +146,10 @@ def _both(
     last: str,
     kind: type[E],
     build: Callable[[Groups[E], Fetch, TaskResult], list[Any]],
-    fetch: Fetch,
 ) -> dict[str, Any]:
     """Examples drawn by lot with the answers of every model, and the worst of the last model."""
     out: dict[str, Any] = {"drawn": [], "worst": []}
-    if not results:
+    if not results or (fetch := results[-1].picture) is None:
         return out
     drawn: dict[Any, list[tuple[str, E]]] = {}
     for result in results:

@@ -8,12 +8,15 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
+
 from mmgem.data.samples import Box
-from mmgem.evaluation.metrics.scores import Scores
+from mmgem.evaluation.metrics.scores import Items, Scores
 
 SCHEMA = 1
 
@@ -75,9 +78,29 @@ class SearchExample:
 Example = CaptionExample | RegionExample | SearchExample
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Points of a line for the report, from left to right."""
+
+    name: str
+    points: list[tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """How often a thing of class i was taken for class j: counts[i][j]."""
+
+    classes: list[str]
+    counts: list[list[int]]
+
+
 @dataclass(slots=True)
 class TaskResult:
-    """Figures of one task for one model. Examples speak of images by their row in `Encoded`."""
+    """Figures of one task for one model.
+
+    items: what each figure was made of; `keys` names the units (images) in the order of the data.
+    picture: image i, of which the examples speak.
+    """
 
     task: str
     protocol: dict[str, Any]
@@ -86,15 +109,22 @@ class TaskResult:
     chance: dict[str, float]
     examples: list[Example] = field(default_factory=list)
     model: str = ""
+    items: dict[str, Items] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    picture: Callable[[int], Image.Image] | None = None
+    curves: list[Curve] = field(default_factory=list)
+    confusion: Confusion | None = None
 
     @classmethod
-    def of(cls, task: str, protocol: dict[str, Any], scores: Scores, examples: list[Example]) -> "TaskResult":
-        """From `Scores`. Raises ValueError if a figure is not finite."""
+    def of(
+        cls, task: str, protocol: dict[str, Any], scores: Scores, examples: list[Example], **more: Any
+    ) -> "TaskResult":
+        """From `Scores`; more: other fields. Raises ValueError if a figure is not finite."""
         for kind in (scores.metrics, scores.stderr, scores.chance):
             for name, value in kind.items():
                 if not math.isfinite(value):
                     raise ValueError(f"{task}: {name} is {value}")
-        return cls(task, protocol, scores.metrics, scores.stderr, scores.chance, examples)
+        return cls(task, protocol, scores.metrics, scores.stderr, scores.chance, examples, items=scores.items, **more)
 
     def to_json(self) -> dict[str, Any]:
         """metrics.json of schema 1; without the examples."""
@@ -108,7 +138,7 @@ class TaskResult:
         }
 
 
-def metrics_json(results: list[TaskResult]) -> dict[str, Any] | list[dict[str, Any]]:
+def metrics_json(results: Sequence[TaskResult]) -> dict[str, Any] | list[dict[str, Any]]:
     """One result: its schema. Several: a list of them, each with its "model"."""
     if len(results) == 1:
         return results[0].to_json()

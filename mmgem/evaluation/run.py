@@ -5,25 +5,24 @@ the results, and writes both files. Refuses, with a UserError: unknown tasks and
 data, and tasks on data without the regions or captions they need, all before a model is loaded.
 """
 
-import functools
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 from torch import nn
 
-from mmgem.data.samples import decode_image
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
+from mmgem.evaluation.items import save_items
 from mmgem.evaluation.report import About, write_report
 from mmgem.evaluation.result import TaskResult, metrics_json, write_json
-from mmgem.evaluation.tasks import TASKS, Task, TaskOptions
+from mmgem.evaluation.tasks import TASKS, LayoutTask, SplitTask, Task, TaskOptions
 from mmgem.evaluation.tasks.common import versions
 from mmgem.inference.encode import MAX_BROKEN, Encoded, Encoder, encode_dataset
+from mmgem.inference.ranks import Ranks, alone
 from mmgem.inference.use import load_model
 
 Results = dict[str, dict[str, TaskResult]]
@@ -45,53 +44,69 @@ def evaluate(
     max_broken: float = MAX_BROKEN,
     run_dir: str | Path | None = None,
     title: str = "",
+    ranks: Ranks | None = None,
 ) -> Results:
     """Runs the tasks on every model and gives `{model: {task: TaskResult}}`.
 
     Each split is encoded once a model. models: name → run folder or exported model, or the model
     itself; the order is that of the report's columns. crop_baseline: True, or the names of the
     models, whose region retrieval also gets the baseline from boxes cut out. run_dir: the run whose
-    settings and curves the report shows; found beside the models if not given. Writes
-    `out/metrics.json` (one result: its schema; several: a list, each with "model") and
-    `out/report.html`.
+    settings and curves the report shows; found beside the models if not given. ranks: share the work;
+    all get the results, the first writes. Writes `out/metrics.json` (one result: its schema; several: a
+    list, each with "model"), `out/report.html`, and `out/items/` (see `items`).
     """
+    ranks = ranks or alone()
     chosen = _chosen(tasks)
+    of_split = [task for task in chosen if isinstance(task, SplitTask)]
     if not models:
         raise UserError("no model to evaluate: name at least one")
     cropped = set(models) if crop_baseline is True else set(crop_baseline or ())
     if unknown := cropped - set(models):
         raise UserError(f"crop_baseline names {sorted(unknown)}, the models are {list(models)}")
-    dataset = _open(Path(data), split, chosen)
-    options = replace(options or TaskOptions(), split=split, data=Path(data).name)
+    dataset = _open(Path(data), split, of_split) if of_split else None
+    options = replace(options or TaskOptions(), split=split, data=Path(data).name, ranks=ranks)
     results: Results = {}
     facts: list[tuple[str, str]] = []
     encoded: Encoded | None = None
     for name, source in models.items():
-        model = _load(source, device)
+        model = _load(source, ranks.device(device))
         facts.append((name, _sizes(model)))
-        encoded = encode_dataset(
-            model,
-            dataset,
-            batch_size=batch_size,
-            progress=options.progress,
-            texts=any(task.texts for task in chosen),
-            regions=any(task.regions for task in chosen),
-            crops=name in cropped and any(task.name == "region-retrieval" for task in chosen),
-            max_broken=max_broken,
-            title=name,
-        )
+        if dataset is not None:
+            encoded = encode_dataset(
+                model,
+                dataset,
+                batch_size=batch_size,
+                **options.work,
+                texts=any(task.texts for task in of_split),
+                regions=any(task.regions for task in of_split),
+                crops=name in cropped and any(task.name == "region-retrieval" for task in chosen),
+                max_broken=max_broken,
+                title=name,
+            )
         own = replace(options, baseline="crop" if name in cropped else "none")
-        results[name] = {task.name: task.run(model, encoded, own) for task in chosen}
+        results[name] = {task.name: _run(task, model, encoded, Path(data), own) for task in chosen}
         for result in results[name].values():
             result.model = name
         del model  # before the next is loaded
-    assert encoded is not None
-    flat = [result for of_model in results.values() for result in of_model.values()]
-    write_json(Path(out) / "metrics.json", metrics_json(flat))
-    run = Path(run_dir) if run_dir is not None else find_run(models)
-    about = _about(title, run, facts, dataset, encoded, options)
-    write_report(Path(out) / "report.html", flat, _fetcher(dataset, encoded), about)
+    if ranks.first:
+        run = Path(run_dir) if run_dir is not None else find_run(models)
+        about = _about(title, run, facts, dataset, encoded, options)
+        _write(Path(out), [result for of_model in results.values() for result in of_model.values()], about)
     return results
+
+
+def _run(task: Task, model: Encoder, encoded: Encoded | None, data: Path, options: TaskOptions) -> TaskResult:
+    if isinstance(task, LayoutTask):
+        return task.run(model, data, options)
+    assert encoded is not None
+    return task.run(model, encoded, options)
+
+
+def _write(out: Path, results: Sequence[TaskResult], about: About) -> None:
+    write_json(out / "metrics.json", metrics_json(results))
+    for result in results:
+        save_items(out, result)
+    write_report(out / "report.html", results, about)
 
 
 def _chosen(tasks: Sequence[str]) -> list[Task]:
@@ -103,7 +118,18 @@ def _chosen(tasks: Sequence[str]) -> list[Task]:
     return [TASKS[name] for name in dict.fromkeys(tasks)]
 
 
-def _open(data: Path, split: str, tasks: Sequence[Task]) -> ShardedDataset:
+def tasks_for(data: Path, split: str) -> list[str]:
+    """All tasks that the data allow; if they allow none, all: `evaluate` then says what they lack."""
+    dataset = ShardedDataset(data / split) if (data / split / "index.json").is_file() else None
+    allowed = [
+        name
+        for name, task in TASKS.items()
+        if (task.found(data) if isinstance(task, LayoutTask) else dataset is not None and not task.lacks(dataset))
+    ]
+    return allowed or list(TASKS)
+
+
+def _open(data: Path, split: str, tasks: Sequence[SplitTask]) -> ShardedDataset:
     """The split, checked for what the tasks need."""
     if data.is_dir() and not (data / split).is_dir():
         splits = sorted(p.parent.name for p in data.glob("*/index.json"))
@@ -137,16 +163,6 @@ def _millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
 
 
-def _fetcher(dataset: ShardedDataset, encoded: Encoded) -> Callable[[int], Image.Image]:
-    """Image i of `Encoded`, read again from the shards; the last few are kept."""
-
-    @functools.lru_cache(maxsize=64)
-    def fetch(row: int) -> Image.Image:
-        return decode_image(dataset.sample(encoded.positions[row]))
-
-    return fetch
-
-
 # --- what the report says of the run ---------------------------------------------------------
 
 
@@ -165,17 +181,19 @@ def _about(
     title: str,
     run: Path | None,
     facts: list[tuple[str, str]],
-    dataset: ShardedDataset,
-    encoded: Encoded,
+    dataset: ShardedDataset | None,
+    encoded: Encoded | None,
     options: TaskOptions,
 ) -> About:
     settings = run / "config.yaml" if run is not None else None
     text = settings.read_text(encoding="utf-8") if settings and settings.is_file() else ""
-    counts = dataset.totals
-    data = f"{options.data}/{options.split}: {len(encoded.keys):,} images"
-    data += f", {counts.get('captions', 0):,} captions, {counts.get('regions', 0):,} regions"
-    shown = [*facts, *describe_config(text), ("Evaluated on", data)]
-    if encoded.skipped:
+    shown = [*facts, *describe_config(text)]
+    if dataset is not None and encoded is not None:
+        counts = dataset.totals
+        data = f"{options.data}/{options.split}: {len(encoded.keys):,} images"
+        data += f", {counts.get('captions', 0):,} captions, {counts.get('regions', 0):,} regions"
+        shown.append(("Evaluated on", data))
+    if encoded is not None and encoded.skipped:
         named = "; ".join(encoded.skipped[:3]) + (" …" if len(encoded.skipped) > 3 else "")
         shown.append(("Skipped", f"{len(encoded.skipped)} broken: {named}"))
     if run is not None and (broken := describe_broken(run / "broken.jsonl")):

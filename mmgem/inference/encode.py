@@ -4,15 +4,19 @@ Receives a model (`Encoder`, what MMGem offers) and a dataset that gives sample 
 un-normalised float32 vectors on the CPU, with the texts and the keys they belong to. Every image
 passes the vision tower once, for itself and for all of its boxes; every distinct text passes the
 LLM once. A broken sample is skipped, counted and named; more of them than `max_broken` are refused
-with a UserError, and so is a split without a single readable image.
+with a UserError, and so is a split without a single readable image. Several ranks share the batches (see `ranks`), and
+each gets the whole.
 """
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import ceil, floor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -20,8 +24,11 @@ from torch import Tensor
 
 from mmgem.data.samples import Box, Sample, SampleError, decode_image
 from mmgem.errors import UserError
+from mmgem.inference.ranks import Ranks, alone
 from mmgem.progress import Progress
 from mmgem.text import TextCodec
+
+T = TypeVar("T")
 
 MAX_BROKEN = 0.01
 """The share of samples that may be broken."""
@@ -46,6 +53,10 @@ class Encoder(Protocol):
     ) -> tuple[Tensor, list[Tensor]]: ...
 
     def text_vectors(self, texts: Sequence[str], batch_size: int = ...) -> Tensor: ...
+
+    def log_likelihoods(
+        self, vectors_NE: Tensor, texts: Sequence[str], vector_P: Tensor, text_P: Tensor, batch_size: int = ...
+    ) -> tuple[Tensor, Tensor]: ...
 
     def write(
         self,
@@ -96,6 +107,8 @@ class Encoded:
     phrase_vectors_PE: Tensor
     phrase_cut_P: Tensor
     """As `text_cut_M`."""
+    picture: Callable[[int], Image.Image]
+    """Image 0 … N-1, read again; the last few are kept."""
     crop_vectors_RE: Tensor | None = None
     """The image vector of each box cut out as a picture of its own; the baseline."""
     skipped: list[str] = field(default_factory=list)
@@ -119,8 +132,8 @@ class _Loaded:
 
 
 @dataclass(slots=True)
-class _Parts:
-    """What the batches add up to."""
+class _Part:
+    """What one batch gives."""
 
     images: list[Tensor] = field(default_factory=list)
     regions: list[Tensor] = field(default_factory=list)
@@ -129,6 +142,16 @@ class _Parts:
     samples: list[Sample] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     regions_unseen: int = 0
+
+    @classmethod
+    def of(cls, parts: Sequence[_Part]) -> _Part:
+        """All of them as one."""
+        whole = cls()
+        for part in parts:
+            for name in ("images", "regions", "crops", "positions", "samples", "skipped"):
+                getattr(whole, name).extend(getattr(part, name))
+            whole.regions_unseen += part.regions_unseen
+        return whole
 
 
 def encode_dataset(
@@ -142,6 +165,7 @@ def encode_dataset(
     crops: bool = False,
     max_broken: float = MAX_BROKEN,
     title: str = "encode",
+    ranks: Ranks | None = None,
 ) -> Encoded:
     """Streams the split once and encodes it.
 
@@ -149,22 +173,27 @@ def encode_dataset(
     crops: also each box's cut-out as an image of its own, one vision pass a distinct box.
     max_broken: the share of samples that may be broken (one always may). Raises UserError.
     """
-    parts = _Parts()
-    with _bar(title, len(dataset), "images", progress) as bar:
-        for loaded in _batches(dataset, batch_size):
-            parts.skipped += loaded.skipped
-            refuse_if_broken(parts.skipped, len(dataset), max_broken)
+    ranks = ranks or alone()
+    parts: list[_Part] = []
+    starts = range(0, len(dataset), batch_size)
+    with _bar(title, len(dataset), "images", progress and ranks.first) as bar:
+        for loaded in _batches(dataset, list(ranks.own(starts)), batch_size):
+            part = _Part(skipped=loaded.skipped)
+            parts.append(part)
+            refuse_if_broken([line for p in parts for line in p.skipped], len(dataset), max_broken)
             if loaded.items:
-                _encode_batch(model, loaded, parts, regions, crops)
+                _encode_batch(model, loaded, part, regions, crops)
             if bar is not None:
-                bar.advance(loaded.read)
-    if not parts.samples:
+                bar.advance(loaded.read * ranks.count)
+    whole = _Part.of(ranks.joined(parts))
+    refuse_if_broken(whole.skipped, len(dataset), max_broken)
+    if not whole.samples:
         raise UserError(
             f"{title}: no readable image among {len(dataset)} samples"
-            + (f", the first: {parts.skipped[0]}" if parts.skipped else "")
+            + (f", the first: {whole.skipped[0]}" if whole.skipped else "")
             + "; prepare the data again with `mmgem data prepare`"
         )
-    return _assemble(model, parts, texts, regions, crops, progress, title)
+    return _assemble(model, dataset, whole, texts, regions, crops, progress, title, ranks)
 
 
 def refuse_if_broken(skipped: Sequence[str], total: int, max_broken: float = MAX_BROKEN) -> None:
@@ -176,9 +205,8 @@ def refuse_if_broken(skipped: Sequence[str], total: int, max_broken: float = MAX
         )
 
 
-def _batches(dataset: Dataset, batch_size: int) -> Iterator[_Loaded]:
+def _batches(dataset: Dataset, starts: Sequence[int], batch_size: int) -> Iterator[_Loaded]:
     """Reads and decodes the next batch in a thread of its own while the model is at work."""
-    starts = range(0, len(dataset), batch_size)
     with ThreadPoolExecutor(max_workers=1) as pool:
         coming = None
         for start in starts:
@@ -201,16 +229,16 @@ def _load(dataset: Dataset, start: int, stop: int) -> _Loaded:
     return loaded
 
 
-def _encode_batch(model: Encoder, loaded: _Loaded, parts: _Parts, regions: bool, crops: bool) -> None:
+def _encode_batch(model: Encoder, loaded: _Loaded, part: _Part, regions: bool, crops: bool) -> None:
     """One vision pass for the images and their distinct boxes; boxes of several phrases once."""
     images = [image for _, _, image in loaded.items]
     samples = [_seen(model, sample, image) if regions else sample for _, sample, image in loaded.items]
-    parts.regions_unseen += sum(len(s.regions) for _, s, _ in loaded.items) - sum(len(s.regions) for s in samples)
+    part.regions_unseen += sum(len(s.regions) for _, s, _ in loaded.items) - sum(len(s.regions) for s in samples)
     distinct = [list(dict.fromkeys(r.box for r in s.regions)) if regions else [] for s in samples]
     v_BE, r_RE = model.image_and_region_vectors(images, distinct, batch_size=len(images))
-    parts.images.append(_plain(v_BE))
-    parts.positions += [position for position, _, _ in loaded.items]
-    parts.samples += samples
+    part.images.append(_plain(v_BE))
+    part.positions += [position for position, _, _ in loaded.items]
+    part.samples += samples
     if not regions:
         return
     cut = [crop(image, box) for image, own in zip(images, distinct, strict=True) for box in own]
@@ -218,9 +246,9 @@ def _encode_batch(model: Encoder, loaded: _Loaded, parts: _Parts, regions: bool,
     done = 0
     for sample, boxes, vectors in zip(samples, distinct, r_RE, strict=True):
         rows = [boxes.index(region.box) for region in sample.regions]
-        parts.regions.append(_plain(vectors)[rows])
+        part.regions.append(_plain(vectors)[rows])
         if cut_vectors is not None:
-            parts.crops.append(cut_vectors[[done + row for row in rows]])
+            part.crops.append(cut_vectors[[done + row for row in rows]])
         done += len(boxes)
 
 
@@ -242,12 +270,14 @@ def _plain(x: Tensor) -> Tensor:
 
 def _assemble(
     model: Encoder,
-    parts: _Parts,
+    dataset: Dataset,
+    parts: _Part,
     texts: bool,
     regions: bool,
     crops: bool,
     progress: bool,
     title: str,
+    ranks: Ranks,
 ) -> Encoded:
     captions = [list(sample.captions) for sample in parts.samples]
     owned = [(i, r) for i, s in enumerate(parts.samples) for r in s.regions] if regions else []
@@ -258,7 +288,7 @@ def _assemble(
     image_NE = torch.cat(parts.images)
     _refuse_not_finite(image_NE, parts.samples, title)
     nothing = image_NE.new_zeros(0, image_NE.shape[1])
-    vectors = embed_texts(model, distinct, progress=progress, title=title) if distinct else nothing
+    vectors = embed_texts(model, distinct, progress=progress, title=title, ranks=ranks) if distinct else nothing
     cut = torch.tensor(model.codec.encode(distinct)[1], dtype=torch.bool)
     flat_rows, phrase_rows = (torch.tensor([row[t] for t in own], dtype=torch.int64) for own in (flat, phrases))
     counts = torch.tensor([len(own) for own in captions] if texts else [0] * len(captions))
@@ -278,6 +308,7 @@ def _assemble(
         phrases=phrases,
         phrase_vectors_PE=vectors[phrase_rows],
         phrase_cut_P=cut[phrase_rows],
+        picture=_reader(dataset, parts.positions),
         crop_vectors_RE=torch.cat([*parts.crops, nothing]) if crops and regions else None,
         skipped=parts.skipped,
         regions_unseen=parts.regions_unseen,
@@ -294,34 +325,97 @@ def _refuse_not_finite(image_NE: Tensor, samples: list[Sample], title: str) -> N
         )
 
 
-def embed_texts(model: Encoder, texts: Sequence[str], *, progress: bool = True, title: str = "encode") -> Tensor:
-    """[N, E] un-normalised vectors, in pieces so that progress can be shown."""
+def _reader(dataset: Dataset, positions: list[int]) -> Callable[[int], Image.Image]:
+    @lru_cache(maxsize=64)
+    def picture(row: int) -> Image.Image:
+        return decode_image(dataset.sample(positions[row]))
+
+    return picture
+
+
+def embed_texts(
+    model: Encoder,
+    texts: Sequence[str],
+    *,
+    progress: bool = True,
+    title: str = "encode",
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """[N, E] un-normalised vectors, in pieces so that progress can be shown, and ranks can share them."""
     # Short texts together: the model pads to the longest of a batch.
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    in_order = [texts[i] for i in order]
-    with _bar(title, len(texts), "texts", progress) as bar:
-        pieces = [_plain(model.text_vectors(piece)) for piece in _pieces(in_order, bar)]
-    out = torch.empty_like(shuffled := torch.cat(pieces))
+    shuffled = torch.cat(
+        _shared([texts[i] for i in order], lambda piece: _plain(model.text_vectors(piece)), title, progress, ranks)
+    )
+    out = torch.empty_like(shuffled)
     out[torch.tensor(order)] = shuffled
     return out
 
 
 def write_texts(
-    model: Encoder, vectors_NE: Tensor, *, progress: bool = True, title: str = "write", **options: Any
+    model: Encoder,
+    vectors_NE: Tensor,
+    *,
+    progress: bool = True,
+    title: str = "write",
+    ranks: Ranks | None = None,
+    **options: Any,
 ) -> list[str]:
     """What the model writes for each vector (un-normalised); options as for `MMGem.write`."""
-    with _bar(title, len(vectors_NE), "texts", progress) as bar:
-        return [text for piece in _pieces(vectors_NE, bar) for text in model.write(piece, **options)]
+    pieces = _shared(vectors_NE, lambda piece: model.write(piece, **options), title, progress, ranks)
+    return [text for piece in pieces for text in piece]
+
+
+def pair_likelihoods(
+    model: Encoder,
+    vectors_NE: Tensor,
+    texts: Sequence[str],
+    vector_P: Tensor,
+    text_P: Tensor,
+    *,
+    progress: bool = True,
+    title: str = "score",
+    ranks: Ranks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log p(text | vector) of P pairs, float32 [P], and the tokens of each text with its end, int64 [P]; as
+    `MMGem.log_likelihoods`."""
+    # Texts of about one length together, as the model wants them.
+    length_T = torch.tensor([len(text) for text in texts], dtype=torch.int64)
+    order_P = torch.argsort(length_T[text_P], stable=True)
+
+    def score(piece: Tensor) -> tuple[Tensor, Tensor]:
+        used, at = torch.unique(text_P[piece], return_inverse=True)
+        return model.log_likelihoods(vectors_NE, [texts[t] for t in used.tolist()], vector_P[piece], at)
+
+    pieces = _shared(order_P, score, title, progress, ranks, size=1024, unit="pairs")
+    log_p_P, tokens_P = torch.zeros(len(text_P)), torch.zeros(len(text_P), dtype=torch.int64)
+    if pieces:
+        log_p_P[order_P] = torch.cat([log_p for log_p, _ in pieces])
+        tokens_P[order_P] = torch.cat([tokens for _, tokens in pieces])
+    return log_p_P, tokens_P
+
+
+def _shared(
+    items: Any,
+    work: Callable[[Any], T],
+    title: str,
+    progress: bool,
+    ranks: Ranks | None,
+    *,
+    size: int = 256,
+    unit: str = "texts",
+) -> list[T]:
+    """The work's results for each slice of the items, of which each rank does its own."""
+    ranks = ranks or alone()
+    own: list[T] = []
+    with _bar(title, len(items), unit, progress and ranks.first) as bar:
+        for start in ranks.own(range(0, len(items), size)):
+            piece = items[start : start + size]
+            own.append(work(piece))
+            if bar is not None:
+                bar.advance(len(piece) * ranks.count)
+    return ranks.joined(own)
 
 
 def _bar(title: str, total: int, unit: str, show: bool) -> AbstractContextManager[Progress | None]:
     return Progress(title, total, unit) if show else nullcontext()
-
-
-def _pieces(items: Any, bar: Progress | None, size: int = 256) -> Iterator[Any]:
-    """Slices of `items`; the bar moves on when the next one is asked for."""
-    for start in range(0, len(items), size):
-        piece = items[start : start + size]
-        yield piece
-        if bar is not None:
-            bar.advance(len(piece))

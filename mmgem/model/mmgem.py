@@ -29,9 +29,11 @@ from mmgem.images import kept_share, move_boxes
 from mmgem.model.aggregator import PoolAggregator
 from mmgem.model.language import LanguageModel
 from mmgem.model.vision import VisionTower, create_tower
-from mmgem.text import PackedTexts, TextCodec
+from mmgem.text import PackedTexts, PrefixTree, TextCodec
 
 MAX_LOGIT_SCALE = math.log(100)
+_SCORED = 2048
+"""Labels whose scores over the whole vocabulary are held at once."""
 Boxes = Sequence[Sequence[float]]
 
 
@@ -294,12 +296,7 @@ class MMGem(nn.Module):
             options |= {"length_penalty": length_penalty, "early_stopping": False}
         if do_sample:
             options |= {"top_p": top_p, "temperature": temperature, "top_k": 0}
-        never = [
-            i
-            for i in (self.codec.bos_id, self.codec.tokenizer.pad_token_id, self.codec.emb_id, self.codec.cap_id)
-            if i is not None and i != self.codec.eos_id
-        ]
-        options["suppress_tokens"] = never
+        options["suppress_tokens"] = self._never_written
         captions: list[str] = []
         with self._evaluating(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
@@ -324,6 +321,88 @@ class MMGem(nn.Module):
         cos_BK = F.cosine_similarity(vectors_BE.float().cpu()[:, None], t_BKE, dim=-1)
         best_B = (score_BK.float().cpu() + rerank * cos_BK).argmax(dim=1)
         return [beams[k] for beams, k in zip(texts, best_B.tolist(), strict=True)]
+
+    @property
+    def _never_written(self) -> list[int]:
+        codec = self.codec
+        special = (codec.bos_id, codec.tokenizer.pad_token_id, codec.emb_id, codec.cap_id)
+        return [i for i in special if i is not None and i != codec.eos_id]
+
+    @torch.inference_mode()
+    def choose(
+        self, vectors_NE: Tensor, texts: PrefixTree, num_beams: int = 5, batch_size: int = 256
+    ) -> tuple[Tensor, Tensor]:
+        """Writes for each vector (un-normalised) nothing but one of the texts, by a search with beams over their tree.
+
+        Gives the rows of the `num_beams` best texts found, int64 [N, K], best first (-1: fewer were found), and their
+        log p, sums over the tokens and the end: float32 [N, K].
+        """
+        beams = min(num_beams, len(texts))
+        options: dict[str, Any] = {
+            "num_beams": beams,
+            "max_new_tokens": texts.longest + 1,
+            "length_penalty": 0.0,
+            "early_stopping": False,
+            "suppress_tokens": self._never_written,
+            "prefix_allowed_tokens_fn": lambda _, ids: texts.following(ids.tolist()),
+        }
+        rows: list[list[int]] = []
+        scores: list[Tensor] = []
+        eos_id = self.codec.eos_id
+        with self._evaluating():
+            for chunk_BE in vectors_NE.split(max(1, batch_size // beams)):
+                prefix_BLD = self._prefix(chunk_BE.to(self.device, self.h3.weight.dtype))
+                ids_BKT, score_BK = self.language.generate_beams(prefix_BLD, eos_id, eos_id, **options)
+                found = [[texts.row(ids) for ids in beams] for beams in ids_BKT.tolist()]
+                rows += found
+                scores.append(score_BK.float().cpu())
+        rows_NK = torch.tensor(rows, dtype=torch.int64).reshape(len(vectors_NE), beams)
+        return rows_NK, torch.cat(scores) if scores else torch.zeros(0, beams)
+
+    @torch.inference_mode()
+    def log_likelihoods(
+        self, vectors_NE: Tensor, texts: Sequence[str], vector_P: Tensor, text_P: Tensor, batch_size: int = 256
+    ) -> tuple[Tensor, Tensor]:
+        """log p(text | vector) of P pairs, a sum over the text's tokens and its end: float32 [P]; and how many those
+        are: int64 [P].
+
+        vectors_NE: un-normalised, of images or regions. vector_P, text_P: rows of `vectors_NE` and `texts`, int64.
+        Texts over `config.max_tokens` are cut, and end there.
+        """
+        ids = self.codec.encode(texts)[0]
+        words_T = torch.tensor([len(i) for i in ids], dtype=torch.int64)
+        words_P = words_T[text_P]
+        sums_P = torch.zeros(len(text_P))
+        with self._evaluating():
+            for chunk_B in torch.argsort(words_P, stable=True).split(batch_size):
+                rows = [ids[t] for t in text_P[chunk_B].tolist()]
+                vectors_BE = vectors_NE[vector_P[chunk_B]].to(self.device, self.h3.weight.dtype)
+                sums_P[chunk_B] = self._likelihood_chunk(vectors_BE, rows).cpu()
+        return sums_P, words_P + 1
+
+    def _likelihood_chunk(self, vectors_BE: Tensor, rows: list[list[int]]) -> Tensor:
+        """Padded on the right, where no token that counts can see it -> [B]."""
+        prefix_BLD = self._prefix(vectors_BE)
+        before, longest = prefix_BLD.shape[1], max(map(len, rows))
+        words_BW = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        words_B = torch.tensor([len(row) for row in rows], device=self.device)
+        place_W = torch.arange(longest + 1, device=self.device)
+        counts_BW = place_W <= words_B[:, None]
+        ended_BW = torch.cat([words_BW, words_BW.new_zeros(len(rows), 1)], dim=1)
+        labels_BW = torch.where(place_W == words_B[:, None], self.codec.eos_id, ended_BW)
+        embedded_BLD = torch.cat([prefix_BLD, self.language.embed(words_BW).to(prefix_BLD.dtype)], dim=1)
+        position_BL = torch.arange(before + longest, device=self.device).expand(len(rows), -1)
+        segment_BL = torch.where(position_BL < before + words_B[:, None], 0, -1)
+        hidden_TD = self.language(embedded_BLD, segment_BL, position_BL)[:, before - 1 :][counts_BW]
+        labels_T = labels_BW[counts_BW]
+        logp_T = torch.cat(
+            [
+                self.language.logits(hidden).float().log_softmax(dim=-1).gather(1, labels[:, None])[:, 0]
+                for hidden, labels in zip(hidden_TD.split(_SCORED), labels_T.split(_SCORED), strict=True)
+            ]
+        )
+        row_T = torch.repeat_interleave(torch.arange(len(rows), device=self.device), words_B + 1)
+        return logp_T.new_zeros(len(rows)).index_add_(0, row_T, logp_T)
 
     def _prefix(self, vectors_BE: Tensor) -> Tensor:
         """[BOS] V_in [CAP] -> B x 3 x D (2 without [BOS])."""
@@ -356,12 +435,19 @@ class MMGem(nn.Module):
         return [[next(written) for _ in v] for v in vectors]
 
     @torch.inference_mode()
+    def place_vectors(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pictures -> N x H x W x E, the vector of each place of the feature map; not normalised, float32 on CPU."""
+        with self._evaluating():
+            pixels_B3SS = torch.stack([self.preprocess(i) for i in images]).to(self.device, self.h1.weight.dtype)
+            return self.project_visual(self.aggregator.locations(self.vision(pixels_B3SS))).float().cpu()
+
+    def window(self, image: Image.Image) -> tuple[float, float, float, float]:
+        """What the tower sees of a picture: x1, y1, x2, y2 in its pixels. Maps of places lie over it."""
+        return self.preprocess.window(*image.size)
+
     def similarity_map(self, image: Image.Image, text: str) -> Tensor:
         """Cosine of each place of the feature map with a text: H x W, on the view that `preprocess` shows."""
-        with self._evaluating():
-            map_1CHW = self.vision(self.preprocess(image)[None].to(self.device, self.h1.weight.dtype))
-            places_HWE = F.normalize(self.project_visual(self.aggregator.locations(map_1CHW))[0].float(), dim=-1).cpu()
-        return places_HWE @ self.embed_texts([text])[0]
+        return F.normalize(self.place_vectors([image])[0], dim=-1) @ self.embed_texts([text])[0]
 
     def encode_image(self, pixels_B3SS: Tensor, normalize: bool = False) -> Tensor:
         """As CLIP's: pictures through `preprocess`, stacked -> B x E. Keeps the graph."""

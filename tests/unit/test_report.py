@@ -149,8 +149,8 @@ def test_the_table_shows_every_figure_with_its_error_chance_and_ratio(run, html)
 
 def test_right_and_wrong_are_marked_on_scenes(html):
     page = Page(html)
-    # Two boxes on each of six drawn images, right only by the second model; and its three worst.
-    assert page.count("span", "wrong") == 12 and page.count("span", "right") == 18
+    # Two boxes on each image, all of which are drawn, right only by the second model.
+    assert page.count("span", "wrong") == page.count("span", "right") == 22
     assert "✓ a red ball" in page.text and "✗ a red cube" in page.text
 
 
@@ -173,12 +173,16 @@ def test_hostile_texts_are_shown_and_never_run(html):
     assert "regions & <b>" in page.text
 
 
+def blank(row: int) -> Image.Image:
+    return Image.new("RGB", (8, 8))
+
+
 def test_a_hostile_caption_of_the_model_is_escaped():
     results = [
-        TaskResult("captioning", {"split": HOSTILE}, {"CIDEr": 0.5}, {}, {}, [example], model=HOSTILE)
+        TaskResult("captioning", {"split": HOSTILE}, {"CIDEr": 0.5}, {}, {}, [example], model=HOSTILE, picture=blank)
         for example in [CaptionExample("drawn", 0, HOSTILE, (HOSTILE,), 0.5)]
     ]
-    text = render_report(results, lambda _: Image.new("RGB", (8, 8)), About(HOSTILE, HOSTILE, [(HOSTILE, HOSTILE)]))
+    text = render_report(results, About(HOSTILE, HOSTILE, [(HOSTILE, HOSTILE)]))
     page = Page(text)
     assert page.count("script") == page.count("img") == 0
     assert page.text.count('alert("x")') >= 8
@@ -193,11 +197,11 @@ def test_embedded_pictures_are_small_jpegs_of_the_data(html):
 
 def test_one_model_without_a_name_and_without_examples_gives_a_page():
     result = TaskResult("retrieval", {}, {"x_recall@1": 0.5}, {}, {"x_recall@1": 0.1})
-    page = Page(render_report([result], lambda _: Image.new("RGB", (8, 8)), About()))
+    page = Page(render_report([result], About()))
     assert "÷ chance" in page.text and "× 5.00" in page.text
     assert page.count("svg") == 0 and "Training" not in page.text
     with pytest.raises(ValueError, match="at least one"):
-        render_report([], lambda _: Image.new("RGB", (8, 8)), About())
+        render_report([], About())
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

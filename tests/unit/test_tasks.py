@@ -356,7 +356,7 @@ def test_one_model_and_one_task_give_exactly_the_schema(data, tmp_path):
     assert protocol["dtype"] == "float32" and protocol["prompt"] is None
     assert "torch" in protocol["versions"] and "mmgem" in protocol["versions"]
     assert (out / "report.html").stat().st_size > 5000
-    assert sorted(p.name for p in out.iterdir()) == ["metrics.json", "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == ["items", "metrics.json", "report.html"]
 
 
 def test_several_models_and_tasks_give_a_list_with_names(data, tmp_path):

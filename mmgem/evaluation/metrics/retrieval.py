@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmgem.evaluation.metrics.scores import Floats, Ints, Scores, mean_stderr, median_stderr
+from mmgem.evaluation.metrics.scores import Floats, Ints, Items, Scores, median_stderr
 
 # Two float32 dot products of the same unit vectors, summed in another order by another kernel,
 # differ by about 1e-7. Scores closer than this are a tie, so that duplicates always tie.
@@ -377,46 +377,21 @@ def retrieval_scores(
     """
     found = per_query(ahead_P, positives, ks)
     ranks_Q = found.pop("median_rank")
-    values_QK = np.stack(list(found.values()), axis=1)
     counts, gallery = positives.counts, positives.gallery
     chance = {f"recall@{k}": chance_recall(counts, gallery, k) for k in ks}
     chance |= {f"strict_recall@{k}": chance_strict_recall(gallery, k) for k in ks}
     chance |= {"mAP": chance_precision(counts, gallery), "mAP@R": chance_precision(counts, gallery, cut=True)}
-    metrics = dict(zip(found, values_QK.mean(axis=0).tolist(), strict=True))
-    out = Scores(metrics, {}, chance)
-    if samples:
-        errors = mean_stderr(values_QK, groups=groups, samples=samples, seed=seed)
-        out.stderr = dict(zip(found, errors.tolist(), strict=True))
-        out.stderr["median_rank"] = median_stderr(ranks_Q, groups=groups, samples=samples, seed=seed)
+    out = Scores.of_means(found, chance=chance, groups=groups, samples=samples, seed=seed)
     out.metrics["median_rank"] = float(np.median(ranks_Q))
+    out.items["median_rank"] = Items(ranks_Q[:, None], "median", groups)
+    if samples:
+        out.stderr["median_rank"] = median_stderr(ranks_Q, groups=groups, samples=samples, seed=seed)
     return out.prefixed(f"{prefix}_")
 
 
-def recall_scores(
-    prefix: str,
-    ranks_Q: Tensor,
-    positives: Positives,
-    *,
-    ks: Sequence[int] = (1, 5, 10),
-    groups: Ints | None = None,
-    samples: int = 1000,
-    seed: int = 0,
-) -> Scores:
-    """`{prefix}_recall@k` for each k and `{prefix}_median_rank` (from 1 on) from `best_ranks`.
-
-    groups: [Q] the image of each query where one image gives several; standard errors then
-    resample images. Chance is exact for the recalls; the median rank has none.
-    """
-    ranks = ranks_Q.numpy()
-    hits_QK = np.stack([ranks < k for k in ks], axis=1).astype(np.float64)
-    errors = mean_stderr(hits_QK, groups=groups, samples=samples, seed=seed)
-    out = Scores()
-    for k, value, error in zip(ks, hits_QK.mean(axis=0), errors, strict=True):
-        name = f"{prefix}_recall@{k}"
-        out.metrics[name], out.stderr[name] = float(value), float(error)
-        out.chance[name] = chance_recall(positives.counts, positives.gallery, k)
-    name = f"{prefix}_median_rank"
-    places = ranks.astype(np.float64) + 1
-    out.metrics[name] = float(np.median(places))
-    out.stderr[name] = median_stderr(places, groups=groups, samples=samples, seed=seed)
-    return out
+def recall_curve(ahead_P: Tensor, positives: Positives, points: int = 40) -> list[tuple[float, float]]:
+    """(k, recall@k) at k from 1 to the gallery's size, evenly on a scale of logarithms."""
+    ranks_Q = first_ranks(ahead_P, positives).sort().values
+    ks = torch.logspace(0, float(np.log10(max(positives.gallery, 1))), points).round().long().unique()
+    recalls = torch.searchsorted(ranks_Q, ks) / len(ranks_Q)
+    return list(zip(ks.double().tolist(), recalls.tolist(), strict=True))

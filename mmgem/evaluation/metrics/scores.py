@@ -1,14 +1,17 @@
 """What every metric gives back, and the standard error that stands beside it.
 
-Receives per-item sums; gives standard errors by resampling the items. Refuses empty sets.
+Receives per-item sums; gives standard errors by resampling the items, and the items themselves for comparisons. Refuses
+empty sets.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+T = TypeVar("T")
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -16,27 +19,64 @@ _CHUNK_ELEMENTS = 4_000_000  # random draws held at once: 32 MB
 _MAX_DRAWS = 50_000_000  # in all: past it fewer resamples are drawn, never fewer than 100
 
 
+Combine = Literal["mean", "median", "BLEU@1", "BLEU@2", "BLEU@3", "BLEU@4"]
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """What a figure was made of, item by item, so that two models can be compared on the same items.
+
+    values_NS: one row an item: [N, 1] of what is averaged or has a median, [N, 10] `bleu_counts`.
+    unit_N: [N] int64, items of one number are drawn together (those of one image), or None.
+    """
+
+    values_NS: Floats
+    combine: Combine = "mean"
+    unit_N: Ints | None = None
+
+
 @dataclass(slots=True)
 class Scores:
-    """Named figures: the value, its standard error, and what a blind guess would get."""
+    """Named figures: the value, its standard error, what a blind guess would get, and the items."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     stderr: dict[str, float] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
+    items: dict[str, Items] = field(default_factory=dict)
 
     def update(self, other: "Scores") -> None:
         """Take over the figures of `other`."""
         self.metrics.update(other.metrics)
         self.stderr.update(other.stderr)
         self.chance.update(other.chance)
+        self.items.update(other.items)
 
     def prefixed(self, prefix: str) -> "Scores":
         """The same figures with `prefix` in front of every name."""
 
-        def renamed(figures: dict[str, float]) -> dict[str, float]:
+        def renamed(figures: dict[str, T]) -> dict[str, T]:
             return {prefix + name: value for name, value in figures.items()}
 
-        return Scores(renamed(self.metrics), renamed(self.stderr), renamed(self.chance))
+        return Scores(renamed(self.metrics), renamed(self.stderr), renamed(self.chance), renamed(self.items))
+
+    @classmethod
+    def of_means(
+        cls,
+        values: Mapping[str, Floats],
+        *,
+        chance: Mapping[str, float] | None = None,
+        groups: Ints | None = None,
+        samples: int = 1000,
+        seed: int = 0,
+    ) -> "Scores":
+        """The means of named quantities [N] of the same N items, with standard errors (0 samples: without)."""
+        values_NK = np.stack(list(values.values()), axis=1).astype(np.float64)
+        out = cls(dict(zip(values, values_NK.mean(axis=0).tolist(), strict=True)), {}, dict(chance or {}))
+        if samples:
+            errors = mean_stderr(values_NK, groups=groups, samples=samples, seed=seed)
+            out.stderr = dict(zip(values, errors.tolist(), strict=True))
+        out.items = {name: Items(values_NK[:, k : k + 1], "mean", groups) for k, name in enumerate(values)}
+        return out
 
 
 def resample_weights(units: int, samples: int, seed: int) -> Iterator[Floats]:

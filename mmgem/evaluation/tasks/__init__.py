@@ -1,11 +1,13 @@
 """The evaluation tasks, by the names under which users ask for them.
 
-Each is a module with `run(model, encoded, options) -> TaskResult`, whose docstring states the
-protocol, and a `VERSION` that grows when the same model would get other figures.
+Each is a module whose `run` has the protocol in its docstring, and a `VERSION` that grows when the same model would get
+other figures. Tasks on a split are `run(model, encoded, options)` and share one pass of the model over the split; tasks
+on a layout of their own, such as class folders, are `run(model, folder, options)`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from mmgem.data.shards import ShardedDataset
 from mmgem.evaluation.result import TaskResult
@@ -13,11 +15,11 @@ from mmgem.evaluation.tasks import captioning, region_captioning, region_retriev
 from mmgem.evaluation.tasks.common import TaskOptions
 from mmgem.inference.encode import Encoded, Encoder
 
-__all__ = ["TASKS", "Task", "TaskOptions"]
+__all__ = ["TASKS", "LayoutTask", "SplitTask", "Task", "TaskOptions"]
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class SplitTask:
     """A task, what has to be encoded for it (texts, regions), and whether it needs captions."""
 
     name: str
@@ -34,12 +36,25 @@ class Task:
         return "captions" if self.captions and not split.has_captions else ""
 
 
+@dataclass(frozen=True, slots=True)
+class LayoutTask:
+    """A task on files in a layout of others."""
+
+    name: str
+    run: Callable[[Encoder, Path, TaskOptions], TaskResult]
+    version: int
+    found: Callable[[Path], bool]
+    """Whether a data folder is, or has, such a layout. `run` says what is missing."""
+
+
+Task = SplitTask | LayoutTask
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(retrieval.NAME, retrieval.run, retrieval.VERSION, texts=True, captions=True),
-        Task(captioning.NAME, captioning.run, captioning.VERSION, captions=True),
-        Task(region_retrieval.NAME, region_retrieval.run, region_retrieval.VERSION, regions=True),
-        Task(region_captioning.NAME, region_captioning.run, region_captioning.VERSION, regions=True),
+        SplitTask(retrieval.NAME, retrieval.run, retrieval.VERSION, texts=True, captions=True),
+        SplitTask(captioning.NAME, captioning.run, captioning.VERSION, captions=True),
+        SplitTask(region_retrieval.NAME, region_retrieval.run, region_retrieval.VERSION, regions=True),
+        SplitTask(region_captioning.NAME, region_captioning.run, region_captioning.VERSION, regions=True),
     )
 }

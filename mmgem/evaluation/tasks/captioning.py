@@ -34,7 +34,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     written = write_texts(
         model,
         encoded.image_vectors_NE[asked],
-        progress=options.progress,
+        **options.work,
         title="captions",
         **options.writing,
     )
@@ -57,7 +57,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     for n, i in enumerate(drawn + bad):
         kind: Kind = "drawn" if n < len(drawn) else "worst"
         examples.append(CaptionExample(kind, asked[i], written[i], tuple(references[i]), float(found.cider_N[i])))
-    return TaskResult.of(NAME, stated, scores, examples)
+    return TaskResult.of(NAME, stated, scores, examples, keys=encoded.keys, picture=encoded.picture)
 
 
 def chance_scores(references: list[list[str]], seed: int) -> dict[str, float]:

@@ -4,8 +4,9 @@ Receives the model, the encoded split and options. Refuses nothing by itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 
 import mmgem
 from mmgem.inference.encode import Encoded, Encoder
+from mmgem.inference.ranks import Ranks, alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,9 @@ class TaskOptions:
     baseline: "crop" adds the figures of boxes cut out and embedded as images (region-retrieval).
     same_text: a caption that other images carry word for word counts for them as well (retrieval);
     the published protocols count only the image's own.
-    samples: bootstrap resamples. drawn, worst: examples for the report.
+    classes, templates: files of class names and of texts to put them into, instead of those that the data say
+    (zero-shot). alpha: the weight of log p(text | no image) that is taken off log p(text | image) (zero-shot,
+    composition, rerank). samples: bootstrap resamples. drawn, worst: examples for the report.
     """
 
     split: str = "test"
@@ -33,11 +37,24 @@ class TaskOptions:
     rerank: float = 0.0
     baseline: Literal["none", "crop"] = "none"
     same_text: bool = False
+    classes: Path | None = None
+    templates: Path | None = None
+    alpha: float = 1.0
     samples: int = 1000
     seed: int = 0
-    drawn: int = 6
-    worst: int = 3
+    drawn: int = 20
+    worst: int = 20
     progress: bool = True
+    ranks: Ranks = field(default_factory=alone)
+
+    @property
+    def work(self) -> dict[str, Any]:
+        """How long work is shared and shown, for the functions of `inference.encode`."""
+        return {"progress": self.progress, "ranks": self.ranks}
+
+    @property
+    def bootstrap(self) -> dict[str, Any]:
+        return {"samples": self.samples, "seed": self.seed}
 
     @property
     def writing(self) -> dict[str, Any]:

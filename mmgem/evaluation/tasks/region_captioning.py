@@ -56,7 +56,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     written = write_texts(
         model,
         encoded.region_vectors_RE[table.rows],
-        progress=options.progress,
+        **options.work,
         title="region captions",
         **options.writing,
     )
@@ -84,7 +84,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         chance="the first phrase of another box",
     )
     examples = _examples(written, table, coloured, found.cider_N, options)
-    return TaskResult.of(NAME, stated, scores, examples)
+    return TaskResult.of(NAME, stated, scores, examples, keys=encoded.keys, picture=encoded.picture)
 
 
 def _figures(share: _Share, groups: np.ndarray, options: TaskOptions) -> Scores:

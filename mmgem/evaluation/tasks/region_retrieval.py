@@ -10,8 +10,9 @@ from torch import Tensor
 from mmgem.errors import UserError
 from mmgem.evaluation.metrics.retrieval import (
     Positives,
-    best_ranks,
-    recall_scores,
+    first_ranks,
+    positive_ranks,
+    retrieval_scores,
     top_k,
     unit_vectors,
 )
@@ -63,7 +64,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         chance="exact, of a random order",
     )
     examples = _examples(encoded, table, to_box, phrases_QE, ranks_Q, options)
-    return TaskResult.of(NAME, stated, scores, examples)
+    return TaskResult.of(NAME, stated, scores, examples, keys=encoded.keys, picture=encoded.picture)
 
 
 def _both_ways(
@@ -75,19 +76,12 @@ def _both_ways(
     options: TaskOptions,
 ) -> tuple[Scores, Tensor]:
     """The figures of both directions, and the ranks [Q] of text → region."""
-    ranks_Q = best_ranks(phrases_QE, boxes_BE, to_box)
-    scores = recall_scores("region_image_retrieval", ranks_Q, to_box, samples=options.samples, seed=options.seed)
-    scores.update(
-        recall_scores(
-            "region_text_retrieval",
-            best_ranks(boxes_BE, phrases_QE, to_text),
-            to_text,
-            groups=table.image.numpy(),
-            samples=options.samples,
-            seed=options.seed,
-        )
-    )
-    return scores, ranks_Q
+    ahead_P = positive_ranks(phrases_QE, boxes_BE, to_box)
+    scores = retrieval_scores("region_image_retrieval", ahead_P, to_box, **options.bootstrap)
+    back_P = positive_ranks(boxes_BE, phrases_QE, to_text)
+    image_B = table.image.numpy()
+    scores.update(retrieval_scores("region_text_retrieval", back_P, to_text, groups=image_B, **options.bootstrap))
+    return scores, first_ranks(ahead_P, to_box)
 
 
 def _examples(

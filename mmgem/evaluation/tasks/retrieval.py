@@ -1,6 +1,7 @@
 """Image–text retrieval over a whole split, both ways.
 
-Receives an encoded split. Gives recall@1, 5, 10 and the median rank, text → image and image → text.
+Receives an encoded split. Gives recall@1, 5, 10 in both conventions, mAP and the median rank, text → image and
+image → text.
 Refuses a split without captions, with a UserError.
 """
 
@@ -9,9 +10,16 @@ from collections import defaultdict
 import torch
 
 from mmgem.errors import UserError
-from mmgem.evaluation.metrics.retrieval import Positives, best_ranks, recall_scores, top_k
+from mmgem.evaluation.metrics.retrieval import (
+    Positives,
+    first_ranks,
+    positive_ranks,
+    recall_curve,
+    retrieval_scores,
+    top_k,
+)
 from mmgem.evaluation.metrics.scores import Scores
-from mmgem.evaluation.result import Example, Hit, Kind, SearchExample, TaskResult
+from mmgem.evaluation.result import Curve, Example, Hit, Kind, SearchExample, TaskResult
 from mmgem.evaluation.tasks.common import TaskOptions, draw, protocol, worst
 from mmgem.inference.encode import Encoded, Encoder
 
@@ -23,10 +31,11 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     """Protocol: all readable images of the split and all of their captions, cosine in float32.
 
     `text_retrieval_*`: image → text; the queries are the images, the gallery all captions, and any
-    caption of the image counts. `image_retrieval_*`: text → image; the queries are the captions,
-    and the caption's image counts. A tie with a wrong item is a loss. A caption that two images
-    carry word for word counts for its own image only, unless `same_text` is set; how many there
-    are stands in the protocol. An image without captions is in the gallery, and no query.
+    caption of the image counts for `recall@k`, each for `strict_recall@k` and mAP.
+    `image_retrieval_*`: text → image; the queries are the captions, and the caption's image counts.
+    A tie with a wrong item is a loss. A caption that two images carry word for word counts for its
+    own image only, unless `same_text` is set; how many there are stands in the protocol. An image
+    without captions is in the gallery, and no query.
     """
     if not len(encoded.text_vectors_ME):
         raise UserError(
@@ -39,26 +48,15 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     to_text = Positives(torch.cat([to_text.starts[:1], to_text.starts[1:][asking]]), to_text.items, to_text.gallery)
     images, texts = encoded.image_vectors_NE, encoded.text_vectors_ME
     scores = Scores()
-    scores.update(
-        recall_scores(
-            "text_retrieval",
-            best_ranks(images[asking], texts, to_text),
-            to_text,
-            samples=options.samples,
-            seed=options.seed,
-        )
-    )
-    ranks_M = best_ranks(texts, images, to_image)
-    scores.update(
-        recall_scores(
-            "image_retrieval",
-            ranks_M,
-            to_image,
-            groups=encoded.text_image.numpy(),
-            samples=options.samples,
-            seed=options.seed,
-        )
-    )
+    ahead_P = positive_ranks(images[asking], texts, to_text)
+    unit_N = asking.nonzero().flatten().numpy()
+    scores.update(retrieval_scores("text_retrieval", ahead_P, to_text, groups=unit_N, **options.bootstrap))
+    curves = [Curve("image → text", recall_curve(ahead_P, to_text))]
+    ahead_P = positive_ranks(texts, images, to_image)
+    unit_M = encoded.text_image.numpy()
+    scores.update(retrieval_scores("image_retrieval", ahead_P, to_image, groups=unit_M, **options.bootstrap))
+    curves.append(Curve("text → image", recall_curve(ahead_P, to_image)))
+    ranks_M = first_ranks(ahead_P, to_image)
     per_image = torch.bincount(encoded.text_image, minlength=len(images))
     stated = protocol(
         model,
@@ -72,7 +70,8 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         same_text_counts=options.same_text,
         chance="exact, of a random order",
     )
-    return TaskResult.of(NAME, stated, scores, _examples(encoded, to_image, ranks_M, options))
+    examples = _examples(encoded, to_image, ranks_M, options)
+    return TaskResult.of(NAME, stated, scores, examples, curves=curves, keys=encoded.keys, picture=encoded.picture)
 
 
 def text_to_image(encoded: Encoded, same_text: bool) -> Positives:
