@@ -107,7 +107,15 @@ def run_check(args: Arguments) -> int:
 def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "task",
-        choices=("retrieval", "captioning", "region-retrieval", "region-captioning", "all"),
+        choices=(
+            "retrieval",
+            "captioning",
+            "region-retrieval",
+            "region-captioning",
+            "rerank",
+            "similarity-map",
+            "all",
+        ),  # fmt: skip
         help="all: those that the data allow",
     )
     _add_model(parser)
@@ -121,6 +129,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", action="store_true", help="compare the model after each stage of the run")
     _add_search(parser)
     parser.add_argument("--length-penalty", type=float, default=1.0)
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time; ranks share the batches")
     parser.add_argument(
         "--baseline",
         choices=("crop",),
@@ -152,6 +161,7 @@ def run_eval(args: Arguments) -> int:
         tasks,
         out,
         options=options,
+        batch_size=args.batch_size,
         crop_baseline=baseline,
         device=args.device,
         run_dir=args.model if (args.model / "log.jsonl").is_file() else None,

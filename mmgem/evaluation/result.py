@@ -75,7 +75,22 @@ class SearchExample:
     wanted: Hit
 
 
-Example = CaptionExample | RegionExample | SearchExample
+@dataclass(frozen=True, slots=True)
+class MapExample:
+    """The cosine of each place of an image with a text. scores: H rows of W, laid over `window` of the image; peak: the
+    highest place's middle; both in the image's pixels, as `boxes` that the text names."""
+
+    kind: Kind
+    image: int
+    text: str
+    window: Box
+    scores: tuple[tuple[float, ...], ...]
+    boxes: tuple[Box, ...]
+    peak: tuple[float, float]
+    hit: bool
+
+
+Example = MapExample | CaptionExample | RegionExample | SearchExample
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ def evaluate(
     list, each with "model"), `out/report.html`, and `out/items/` (see `items`).
     """
     ranks = ranks or alone()
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: at least 1")
     chosen = _chosen(tasks)
     of_split = [task for task in chosen if isinstance(task, SplitTask)]
     if not models:

@@ -26,7 +26,7 @@ from mmgem.data.samples import Box, Sample, SampleError, decode_image
 from mmgem.errors import UserError
 from mmgem.inference.ranks import Ranks, alone
 from mmgem.progress import Progress
-from mmgem.text import TextCodec
+from mmgem.text import PrefixTree, TextCodec
 
 T = TypeVar("T")
 
@@ -57,6 +57,12 @@ class Encoder(Protocol):
     def log_likelihoods(
         self, vectors_NE: Tensor, texts: Sequence[str], vector_P: Tensor, text_P: Tensor, batch_size: int = ...
     ) -> tuple[Tensor, Tensor]: ...
+
+    def choose(self, vectors_NE: Tensor, texts: PrefixTree, num_beams: int = ...) -> tuple[Tensor, Tensor]: ...
+
+    def place_vectors(self, images: Sequence[Image.Image]) -> Tensor: ...
+
+    def window(self, image: Image.Image) -> Box: ...
 
     def write(
         self,
@@ -345,7 +351,7 @@ def embed_texts(
     # Short texts together: the model pads to the longest of a batch.
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     shuffled = torch.cat(
-        _shared([texts[i] for i in order], lambda piece: _plain(model.text_vectors(piece)), title, progress, ranks)
+        in_pieces([texts[i] for i in order], lambda piece: _plain(model.text_vectors(piece)), title, progress, ranks)
     )
     out = torch.empty_like(shuffled)
     out[torch.tensor(order)] = shuffled
@@ -362,7 +368,7 @@ def write_texts(
     **options: Any,
 ) -> list[str]:
     """What the model writes for each vector (un-normalised); options as for `MMGem.write`."""
-    pieces = _shared(vectors_NE, lambda piece: model.write(piece, **options), title, progress, ranks)
+    pieces = in_pieces(vectors_NE, lambda piece: model.write(piece, **options), title, progress, ranks)
     return [text for piece in pieces for text in piece]
 
 
@@ -385,9 +391,10 @@ def pair_likelihoods(
 
     def score(piece: Tensor) -> tuple[Tensor, Tensor]:
         used, at = torch.unique(text_P[piece], return_inverse=True)
-        return model.log_likelihoods(vectors_NE, [texts[t] for t in used.tolist()], vector_P[piece], at)
+        rows: list[int] = used.tolist()
+        return model.log_likelihoods(vectors_NE, [texts[t] for t in rows], vector_P[piece], at)
 
-    pieces = _shared(order_P, score, title, progress, ranks, size=1024, unit="pairs")
+    pieces = in_pieces(order_P, score, title, progress, ranks, size=1024, unit="pairs")
     log_p_P, tokens_P = torch.zeros(len(text_P)), torch.zeros(len(text_P), dtype=torch.int64)
     if pieces:
         log_p_P[order_P] = torch.cat([log_p for log_p, _ in pieces])
@@ -395,12 +402,27 @@ def pair_likelihoods(
     return log_p_P, tokens_P
 
 
-def _shared(
+def choose_texts(
+    model: Encoder,
+    vectors_NE: Tensor,
+    texts: PrefixTree,
+    *,
+    num_beams: int = 5,
+    progress: bool = True,
+    title: str = "choose",
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """Rows of the texts that the model writes for each vector when it may write nothing else: [N, K], best first."""
+    pieces = in_pieces(vectors_NE, lambda piece: model.choose(piece, texts, num_beams)[0], title, progress, ranks)
+    return torch.cat(pieces)
+
+
+def in_pieces(
     items: Any,
     work: Callable[[Any], T],
     title: str,
-    progress: bool,
-    ranks: Ranks | None,
+    progress: bool = True,
+    ranks: Ranks | None = None,
     *,
     size: int = 256,
     unit: str = "texts",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmgem.data.shards import ShardedDataset
 from mmgem.evaluation.result import TaskResult
-from mmgem.evaluation.tasks import captioning, region_captioning, region_retrieval, retrieval
+from mmgem.evaluation.tasks import captioning, region_captioning, region_retrieval, rerank, retrieval, similarity_map
 from mmgem.evaluation.tasks.common import TaskOptions
 from mmgem.inference.encode import Encoded, Encoder
 
@@ -56,5 +56,7 @@ TASKS: dict[str, Task] = {
         SplitTask(captioning.NAME, captioning.run, captioning.VERSION, captions=True),
         SplitTask(region_retrieval.NAME, region_retrieval.run, region_retrieval.VERSION, regions=True),
         SplitTask(region_captioning.NAME, region_captioning.run, region_captioning.VERSION, regions=True),
+        SplitTask(rerank.NAME, rerank.run, rerank.VERSION, texts=True, captions=True),
+        SplitTask(similarity_map.NAME, similarity_map.run, similarity_map.VERSION, regions=True),
     )
 }

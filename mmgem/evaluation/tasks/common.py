@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 import mmgem
 from mmgem.inference.encode import Encoded, Encoder
@@ -26,7 +26,8 @@ class TaskOptions:
     the published protocols count only the image's own.
     classes, templates: files of class names and of texts to put them into, instead of those that the data say
     (zero-shot). alpha: the weight of log p(text | no image) that is taken off log p(text | image) (zero-shot,
-    composition, rerank). samples: bootstrap resamples. drawn, worst: examples for the report.
+    composition, rerank). candidates: how many of the nearest are judged again (rerank). queries: at most so many, where
+    each is costly (rerank, similarity-map). samples: bootstrap resamples. drawn, worst: examples for the report.
     """
 
     split: str = "test"
@@ -40,6 +41,8 @@ class TaskOptions:
     classes: Path | None = None
     templates: Path | None = None
     alpha: float = 1.0
+    candidates: int = 10
+    queries: int = 1000
     samples: int = 1000
     seed: int = 0
     drawn: int = 20
@@ -108,6 +111,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def mean_vector(vectors_NE: Tensor) -> Tensor:
+    """[1, E] what stands for "no image" where a text's own likelihood is asked for: the mean of the set's vectors."""
+    return vectors_NE.mean(dim=0, keepdim=True)
 
 
 def draw(items: int, count: int, seed: int) -> list[int]:

@@ -1,0 +1,163 @@
+"""Tasks in which the model's parts work together: rerank (worked out by hand) and similarity maps."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from eval_standin import ColourModel
+from test_tasks import LEFT, OPTIONS, RIGHT, make_sample, write_split
+
+from mmgem.data.samples import Region
+from mmgem.data.shards import ShardedDataset
+from mmgem.errors import UserError
+from mmgem.evaluation.result import MapExample, SearchExample
+from mmgem.evaluation.tasks import rerank, similarity_map
+from mmgem.inference.encode import encode_dataset
+
+# --- rerank: two images, three captions ------------------------------------------------------------------------------
+
+CAPTIONS = [["x"], ["y", "z"]]
+TEXTS = ["x", "y", "z"]
+IMAGES_2E = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+# By vector "x" is nearer to image 1 than to its own, and "z" to image 0.
+TEXTS_3E = torch.tensor([[0.6, 0.8], [0.0, 1.0], [0.8, 0.6]])
+LOG_P = {"x": (-1.0, -5.0, -3.0), "y": (-9.0, -2.0, -3.0), "z": (-3.0, -2.0, -1.0)}
+"""log p of a text given image 0, image 1, and the mean of both."""
+
+
+class Judge:
+    """Knows the likelihoods of the table, and writes "y" first."""
+
+    logit_scale = torch.tensor(0.0)
+    codec = SimpleNamespace(
+        eos_id=99, encode=lambda texts: ([[ord(t)] for t in texts], [False] * len(texts)), max_tokens=8
+    )
+
+    def log_likelihoods(self, vectors_NE, texts, vector_P, text_P, batch_size=256):
+        known = [*IMAGES_2E, IMAGES_2E.mean(dim=0)]
+        column = [next(n for n, v in enumerate(known) if torch.equal(v, vectors_NE[i])) for i in vector_P.tolist()]
+        found = [LOG_P[texts[t]][n] for t, n in zip(text_P.tolist(), column, strict=True)]
+        return torch.tensor(found), torch.full((len(found),), 2)
+
+    def choose(self, vectors_NE, texts, num_beams=5):
+        first = torch.tensor([[1, 0, 2], [1, 2, 0]])
+        rows = [first[int(v[1] == 1)] for v in vectors_NE]
+        return torch.stack(rows), torch.zeros(len(rows), 3)
+
+
+def encoded():
+    return SimpleNamespace(
+        image_vectors_NE=IMAGES_2E,
+        keys=["i0", "i1"],
+        captions=CAPTIONS,
+        text_vectors_ME=TEXTS_3E,
+        text_image=torch.tensor([0, 1, 1]),
+        caption_texts=TEXTS,
+        text_cut_M=torch.zeros(3, dtype=torch.bool),
+        skipped=[],
+        picture=None,
+    )
+
+
+def test_recalls_by_vector_by_likelihood_and_by_both() -> None:
+    result = rerank.run(Judge(), encoded(), OPTIONS)  # pyright: ignore[reportArgumentType]
+    found = {name: value for name, value in result.metrics.items() if name.endswith("@1")}
+    assert found == pytest.approx(
+        {
+            "rerank_vector_text_retrieval_recall@1": 1 / 2,
+            "rerank_likelihood_text_retrieval_recall@1": 1.0,
+            "rerank_both_text_retrieval_recall@1": 1.0,
+            "rerank_vector_image_retrieval_recall@1": 1 / 3,
+            "rerank_likelihood_image_retrieval_recall@1": 1.0,
+            "rerank_both_image_retrieval_recall@1": 1.0,
+            "closed_set_text_retrieval_recall@1": 1 / 2,
+        }
+    )
+    assert result.metrics["closed_set_text_retrieval_recall@5"] == 1.0
+    assert result.chance["rerank_vector_image_retrieval_recall@1"] == pytest.approx(1 / 2)
+    assert result.chance["closed_set_text_retrieval_recall@1"] == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert result.protocol["alpha"] == 1.0 and result.protocol["candidates"] == 3
+    # Without the prior image 1's "z" is as likely as its "y": both are right. Image 0 has "x".
+    assert result.protocol["alpha_sweep"]["0.0"]["likelihood"] == 1.0
+    assert result.items.keys() == result.metrics.keys()
+    drawn = [e for e in result.examples if isinstance(e, SearchExample)]
+    assert [(e.query, e.place) for e in drawn] == [("x", 1), ("y", 1), ("z", 1)]
+    assert drawn[0].hits[0].image == 0 and drawn[0].hits[0].right
+
+
+def test_a_right_one_that_is_no_candidate_is_a_miss_and_a_tie_is_one() -> None:
+    from dataclasses import replace
+
+    result = rerank.run(Judge(), encoded(), replace(OPTIONS, candidates=1))  # pyright: ignore[reportArgumentType]
+    assert result.metrics["rerank_likelihood_text_retrieval_recall@5"] == 1 / 2  # image 0 has only "z" to judge
+    tied = rerank._Candidates(
+        torch.tensor([0]),
+        torch.tensor([[0, 1]]),
+        torch.tensor([[0.5, 0.5]]),
+        torch.tensor([[True, False]]),
+        rerank.Positives.from_lists([[0]], 7),
+        torch.zeros(1, 2),
+    )
+    assert tied.places(tied.cosine_QK).tolist() == [1]
+
+
+def test_captions_are_needed() -> None:
+    nothing = encoded()
+    nothing.text_vectors_ME = torch.zeros(0, 2)
+    with pytest.raises(UserError, match="has no captions"):
+        rerank.run(Judge(), nothing, OPTIONS)  # pyright: ignore[reportArgumentType]
+
+
+# --- similarity maps -------------------------------------------------------------------------------------------------
+
+
+class Maps(ColourModel):
+    """Places of 2 x 4, each with the mean colour of its part."""
+
+    def place_vectors(self, images):
+        rows = []
+        for image in images:
+            w, h = image.width // 4, image.height // 2
+            cuts = [image.crop((x * w, y * h, x * w + w, y * h + h)) for y in range(2) for x in range(4)]
+            rows.append(self.image_vectors(cuts).view(2, 4, -1))
+        return torch.stack(rows)
+
+    def window(self, image):
+        return (0.0, 0.0, float(image.width), float(image.height))
+
+
+def pointed(tmp_path, *samples):
+    data = write_split(tmp_path / "data", samples)
+    model = Maps()
+    return similarity_map.run(model, encode_dataset(model, ShardedDataset(data / "test"), progress=False), OPTIONS)
+
+
+def test_the_place_of_the_highest_cosine_hits_or_misses(tmp_path) -> None:
+    result = pointed(
+        tmp_path,
+        # Right, wrong (the green half is the other one), and a tie of all places of which half are outside.
+        make_sample("a", "red", "blue", ["-"], [Region(LEFT, "a red ball", None)]),
+        make_sample("b", "green", "blue", ["-"], [Region(RIGHT, "a green ball", None)]),
+        make_sample("c", "white", "white", ["-"], [Region(LEFT, "a white ball", None)]),
+        # The phrase is that of two boxes, which together hold all places.
+        make_sample(
+            "d", "cyan", "cyan", ["-"], [Region(LEFT, "a cyan ball", None), Region(RIGHT, "the cyan ball", None)]
+        ),
+    )
+    assert result.items["pointing_accuracy"].values_NS[:, 0].tolist() == [1, 0, 0, 1]
+    assert result.metrics["pointing_accuracy"] == 0.5
+    assert result.chance["pointing_accuracy"] == pytest.approx((0.5 + 0.5 + 0.5 + 1) / 4)
+    assert result.metrics["pointing_centre"] == 1.0  # the middle lies on the edge of both halves
+    assert result.protocol["places"] == [2, 4] and result.protocol["phrases"] == 4
+    first = result.examples[0]
+    assert isinstance(first, MapExample) and first.hit and first.boxes == (LEFT,)
+    assert np.shape(first.scores) == (2, 4) and LEFT[0] < first.peak[0] < LEFT[2]
+    assert [e.image for e in result.examples if e.kind == "worst"] == []  # all four were drawn
+
+
+def test_regions_are_needed(tmp_path) -> None:
+    with pytest.raises(UserError, match="has no regions"):
+        pointed(tmp_path, make_sample("a", "red", "blue", ["-"]))
