@@ -142,7 +142,7 @@ def run_eval(args: Arguments) -> int:
     models = _models_of(args.model, args.stages)
     from mmgem.evaluation.run import evaluate, tasks_for
     from mmgem.evaluation.tasks import TaskOptions
-    from mmgem.inference.ranks import Ranks
+    from mmgem.ranks import process_group
 
     tasks = tasks_for(args.data, args.split) if args.task == "all" else [args.task]
     options = TaskOptions(
@@ -153,23 +153,22 @@ def run_eval(args: Arguments) -> int:
     )
     out = args.out or args.model / "report"
     baseline = [next(iter(models))] if args.baseline == "crop" else []
-    ranks = Ranks()
-    evaluate(
-        models,
-        args.data,
-        args.split,
-        tasks,
-        out,
-        options=options,
-        batch_size=args.batch_size,
-        crop_baseline=baseline,
-        device=args.device,
-        run_dir=args.model if (args.model / "log.jsonl").is_file() else None,
-        ranks=ranks,
-    )
+    with process_group(cuda=False) as ranks:
+        evaluate(
+            models,
+            args.data,
+            args.split,
+            tasks,
+            out,
+            options=options,
+            batch_size=args.batch_size,
+            crop_baseline=baseline,
+            device=args.device,
+            run_dir=args.model if (args.model / "log.jsonl").is_file() else None,
+            ranks=ranks,
+        )
     if ranks.first:
         print(f"{out}/metrics.json\n{out}/report.html")
-    ranks.close()
     return 0
 
 

@@ -227,6 +227,14 @@ class TrainingConfig:
     """Seconds after which the others stop waiting for it, and the run stops with an error."""
     sample_every: int = 500
     """Steps between samples of captions in the log; 0: none."""
+    val_every: int = 0
+    """Steps between evaluations on the validation split, and one at each stage's end: val.jsonl, and the loggers under
+    `val/`; 0: none."""
+    val_tasks: list[
+        Literal["retrieval", "captioning", "region-retrieval", "region-captioning", "rerank", "similarity-map"]
+    ] = field(default_factory=lambda: ["retrieval"])
+    val_samples: int = 500
+    """Of the validation split, drawn by lot once: the same at each evaluation and in each run."""
     log_keys: bool = False
     """Also write which samples each step saw, in order: keys.jsonl."""
     checkpoint_every: int = 500

@@ -122,6 +122,14 @@ def _training(training: TrainingConfig) -> Iterator[str]:
     yield from _at_least("training.", training, 1, "checkpoint_every", "keep_checkpoints")
     yield from _of(
         (training.sample_every < 0, "training.sample_every must be 0 (none) or more"),
+        (training.val_every < 0, "training.val_every must be 0 (none) or more"),
+        (training.val_every and training.val_samples < 2, "training.val_samples must be 2 or more"),
+        (training.val_every and not training.val_tasks, "training.val_tasks names no task"),
+        (
+            training.val_every and training.strategy == "fsdp2",
+            "training.val_every: fsdp2 keeps no whole model to evaluate between steps; set it to 0, or strategy to "
+            "deepspeed_3",
+        ),
         (training.threads is not None and training.threads < 1, "training.threads must be at least 1, or null"),
         (not 0 < training.late_after <= training.stop_after, "training.late_after must be above 0, up to stop_after"),
         (

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
@@ -21,9 +22,9 @@ from mmgem.evaluation.report import About, write_report
 from mmgem.evaluation.result import TaskResult, metrics_json, write_json
 from mmgem.evaluation.tasks import TASKS, LayoutTask, SplitTask, Task, TaskOptions
 from mmgem.evaluation.tasks.common import versions
-from mmgem.inference.encode import MAX_BROKEN, Encoded, Encoder, encode_dataset
-from mmgem.inference.ranks import Ranks, alone
+from mmgem.inference.encode import MAX_BROKEN, Dataset, Encoded, Encoder, encode_dataset
 from mmgem.inference.use import load_model
+from mmgem.ranks import Ranks
 
 Results = dict[str, dict[str, TaskResult]]
 
@@ -55,7 +56,7 @@ def evaluate(
     all get the results, the first writes. Writes `out/metrics.json` (one result: its schema; several: a
     list, each with "model"), `out/report.html`, and `out/items/` (see `items`).
     """
-    ranks = ranks or alone()
+    ranks = ranks or Ranks()
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: at least 1")
     chosen = _chosen(tasks)
@@ -71,21 +72,11 @@ def evaluate(
     facts: list[tuple[str, str]] = []
     encoded: Encoded | None = None
     for name, source in models.items():
-        model = _load(source, ranks.device(device))
+        model = _load(source, _device(device, ranks))
         facts.append((name, _sizes(model)))
-        if dataset is not None:
-            encoded = encode_dataset(
-                model,
-                dataset,
-                batch_size=batch_size,
-                **options.work,
-                texts=any(task.texts for task in of_split),
-                regions=any(task.regions for task in of_split),
-                crops=name in cropped and any(task.name == "region-retrieval" for task in chosen),
-                max_broken=max_broken,
-                title=name,
-            )
         own = replace(options, baseline="crop" if name in cropped else "none")
+        if dataset is not None:
+            encoded = encode_for(of_split, model, dataset, own, batch_size, max_broken, name)
         results[name] = {task.name: _run(task, model, encoded, Path(data), own) for task in chosen}
         for result in results[name].values():
             result.model = name
@@ -95,6 +86,29 @@ def evaluate(
         about = _about(title, run, facts, dataset, encoded, options)
         _write(Path(out), [result for of_model in results.values() for result in of_model.values()], about)
     return results
+
+
+def encode_for(
+    tasks: Sequence[SplitTask],
+    model: Encoder,
+    dataset: Dataset,
+    options: TaskOptions,
+    batch_size: int = 64,
+    max_broken: float = MAX_BROKEN,
+    title: str = "encode",
+) -> Encoded:
+    """The split, as far as these tasks need it."""
+    return encode_dataset(
+        model,
+        dataset,
+        batch_size=batch_size,
+        **options.work,
+        texts=any(task.texts for task in tasks),
+        regions=any(task.regions for task in tasks),
+        crops=options.baseline == "crop" and any(task.name == "region-retrieval" for task in tasks),
+        max_broken=max_broken,
+        title=title,
+    )
 
 
 def _run(task: Task, model: Encoder, encoded: Encoded | None, data: Path, options: TaskOptions) -> TaskResult:
@@ -138,13 +152,23 @@ def _open(data: Path, split: str, tasks: Sequence[SplitTask]) -> ShardedDataset:
         has = f"it has {', '.join(splits)}" if splits else "make some with `mmgem data prepare`"
         raise UserError(f"{data}: no split {split!r}; {has}")
     dataset = ShardedDataset(data / split)
+    refuse_lacking(tasks, dataset, f"{data}: split {split}")
+    return dataset
+
+
+def refuse_lacking(tasks: Sequence[SplitTask], dataset: ShardedDataset, name: str) -> None:
+    """Raises UserError where the split, known to users as `name`, has not what the tasks need."""
     for task in tasks:
         if lacking := task.lacks(dataset):
             raise UserError(
-                f"{data}: split {split} has no {lacking}; {task.name} needs {_NEEDED[lacking]}, "
-                "choose other data or another task"
+                f"{name} has no {lacking}; {task.name} needs {_NEEDED[lacking]}, choose other data or another task"
             )
-    return dataset
+
+
+def _device(device: str, ranks: Ranks) -> str:
+    """`auto` and `cuda` are a rank's own GPU where there are several ranks."""
+    own = ranks.count > 1 and device in ("auto", "cuda") and torch.cuda.is_available()
+    return f"cuda:{ranks.local_rank}" if own else device
 
 
 def _load(source: str | Path | Encoder, device: str) -> Encoder:

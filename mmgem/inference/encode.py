@@ -24,8 +24,8 @@ from torch import Tensor
 
 from mmgem.data.samples import Box, Sample, SampleError, decode_image
 from mmgem.errors import UserError
-from mmgem.inference.ranks import Ranks, alone
 from mmgem.progress import Progress
+from mmgem.ranks import Ranks
 from mmgem.text import PrefixTree, TextCodec
 
 T = TypeVar("T")
@@ -179,7 +179,7 @@ def encode_dataset(
     crops: also each box's cut-out as an image of its own, one vision pass a distinct box.
     max_broken: the share of samples that may be broken (one always may). Raises UserError.
     """
-    ranks = ranks or alone()
+    ranks = ranks or Ranks()
     parts: list[_Part] = []
     starts = range(0, len(dataset), batch_size)
     with _bar(title, len(dataset), "images", progress and ranks.first) as bar:
@@ -428,7 +428,7 @@ def in_pieces(
     unit: str = "texts",
 ) -> list[T]:
     """The work's results for each slice of the items, of which each rank does its own."""
-    ranks = ranks or alone()
+    ranks = ranks or Ranks()
     own: list[T] = []
     with _bar(title, len(items), unit, progress and ranks.first) as bar:
         for start in ranks.own(range(0, len(items), size)):

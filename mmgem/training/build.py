@@ -19,10 +19,10 @@ from mmgem.errors import UserError, one_line
 from mmgem.model import MMGem
 from mmgem.model.pretrained import config_json, inherit, load_weights, model_folder, parse_config, read_config
 from mmgem.progress import track
+from mmgem.ranks import Ranks
 from mmgem.text import load_tokenizer, train_tokenizer
 from mmgem.training import frozen
 from mmgem.training.checkpoint import RunFolder
-from mmgem.training.ranks import Ranks
 from mmgem.training.saved import Saved
 from mmgem.training.signals import stop_if_asked
 

@@ -24,10 +24,10 @@ from mmgem.data.datamodule import StageData
 from mmgem.errors import UserError
 from mmgem.model.pretrained import config_json
 from mmgem.progress import Progress
+from mmgem.ranks import Ranks, equal_buffers
 from mmgem.training.checkpoint import RunFolder, append_line
 from mmgem.training.frozen import Records
 from mmgem.training.module import NotFinite, StageModule
-from mmgem.training.ranks import Ranks
 from mmgem.training.saved import RunState, run_state_tree
 from mmgem.training.signals import SIGNALS, stop_at_once, stop_if_asked
 from mmgem.training.strategy import kept_parameters, save, whole_buffers
@@ -296,6 +296,8 @@ class CaptionSamples(L.Callback):
             return
         if not pl_module.stage.loss.gen or not (self.ranks.first or self.together):
             return
+        if self.together:
+            equal_buffers(pl_module.model)  # else one may write longer than another, and wait for it for ever
         written = pl_module.model.caption([p for _, p, _ in self.pictures], max_new_tokens=30)
         if not self.ranks.first:
             return

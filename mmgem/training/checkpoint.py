@@ -22,7 +22,7 @@ import yaml
 from mmgem import __version__
 from mmgem.config import Config, config_text, to_tree
 from mmgem.errors import UserError, one_line
-from mmgem.training.ranks import Ranks
+from mmgem.ranks import Ranks
 from mmgem.training.saved import read_checkpoint, write_state
 
 # Settings that may differ between the parts of a run without changing its result.
@@ -51,6 +51,7 @@ class RunFolder:
         self.log = self.path / "log.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.keys = self.path / "keys.jsonl"
+        self.val = self.path / "val.jsonl"
         self.broken = self.path / "broken.jsonl"
         self.tokenizer = self.path / "tokenizer"
 
@@ -168,7 +169,7 @@ class RunFolder:
 
     def forget_after(self, run_step: int) -> None:
         """What the run will do again from here: lines and checkpoints of later steps, and files left half written."""
-        for file in (self.log, self.samples, self.keys, self.broken):
+        for file in (self.log, self.samples, self.keys, self.val, self.broken):
             if file.is_file():
                 lines = [line for line in _split(file) if _step_of(line) <= run_step]
                 write_atomically(file, "".join(f"{line}\n" for line in lines))

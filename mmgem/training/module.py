@@ -25,8 +25,8 @@ from mmgem.losses.contrastive import contrastive_loss
 from mmgem.losses.gather import sum_over_ranks
 from mmgem.model import MMGem, Output
 from mmgem.precision import at_least_fp32
+from mmgem.ranks import Ranks
 from mmgem.training.optim import freeze, make_optimizer, schedule, set_modes
-from mmgem.training.ranks import Ranks
 from mmgem.training.strategy import Engine, repeated_blocks, share_out
 from mmgem.training.temperature import Temperature
 

@@ -20,10 +20,10 @@ from mmgem.data.plan import Machines, refuse_impossible, stage_steps
 from mmgem.data.sources import Sources, open_training_data
 from mmgem.errors import UserError
 from mmgem.model import MMGem
+from mmgem.ranks import Ranks, process_group
 from mmgem.training.arithmetic import count_parameters
 from mmgem.training.build import build, choose_device
 from mmgem.training.checkpoint import RunFolder
-from mmgem.training.ranks import Ranks, process_group
 from mmgem.training.saved import RunState, read_checkpoint, refuse_other_strategy
 from mmgem.training.signals import Stopped, stopping_at_once
 from mmgem.training.stage import Run, train_stage

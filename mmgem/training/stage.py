@@ -21,20 +21,23 @@ from mmgem.data.datamodule import StageData
 from mmgem.data.samples import SampleError, decode_image
 from mmgem.data.sources import Sources, open_validation_data
 from mmgem.errors import UserError, one_line
+from mmgem.evaluation.run import refuse_lacking
 from mmgem.images import Preprocess
 from mmgem.losses.caption import refuse_missing_kernel
 from mmgem.memory import hand_back_freed_memory
 from mmgem.model import MMGem
+from mmgem.ranks import Ranks
 from mmgem.training import frozen
 from mmgem.training.build import choose_device, rebuilt, uses_bf16
 from mmgem.training.callbacks import BrokenSamples, CaptionSamples, Checkpoints, StepLog
 from mmgem.training.checkpoint import RunFolder
 from mmgem.training.features import FeatureCache, feature_cache
 from mmgem.training.module import NotFinite, ShardedStageModule, StageModule
-from mmgem.training.ranks import Ranks, StartedRanks
+from mmgem.training.ranks import StartedRanks
 from mmgem.training.saved import Saved, for_ranks
 from mmgem.training.strategy import PlainFiles, make_strategy, whole_state
 from mmgem.training.throughput import Throughput
+from mmgem.training.validation import Share, Validation, chosen_tasks
 from mmgem.training.watchdog import Watchdog, WatchdogCallback
 
 SAMPLE_PICTURES = 4
@@ -125,8 +128,29 @@ def _callbacks(
         # Before the checkpoints, which hold it. Buffers follow the model: an average of counters is none.
         *([EMAWeightAveraging(decay=stage.ema, use_buffers=False)] if stage.ema else []),
         checkpoints,
+        *_validation(run, number, throughput, together),
         WatchdogCallback(run.watchdog, data, steps_before),
     ]
+
+
+def _validation(run: Run, number: int, throughput: Throughput, together: bool) -> list[Validation]:
+    training = run.config.training
+    if not training.val_every:
+        return []
+    dataset = open_validation_data(run.config.data)
+    if dataset is None:
+        raise UserError(
+            f"training.val_every={training.val_every}: there is no validation split {run.config.data.val_split!r} "
+            "(data.val_split); prepare one, or set it to 0"
+        )
+    tasks = chosen_tasks(training.val_tasks)
+    refuse_lacking(tasks, dataset, str(dataset.name))
+    # Where no rank holds the whole model, all compute the same, together; else they share the work.
+    ranks = Ranks() if together else run.ranks
+    share = Share(dataset, training.val_samples, run.config.seed)
+    steps_before = sum(run.steps[:number])
+    file = run.folder.val if run.ranks.first else None
+    return [Validation(file, share, tasks, training.val_every, steps_before, ranks, throughput, run.watchdog)]
 
 
 def _feature_cache(run: Run, stage: StageConfig, model: MMGem, preprocess: Preprocess) -> FeatureCache:

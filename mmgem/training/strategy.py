@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmgem.config import Config, TrainingConfig
 from mmgem.precision import at_least_fp32
-from mmgem.training.ranks import Ranks
+from mmgem.ranks import Ranks
 from mmgem.training.saved import TAG, Saved
 
 

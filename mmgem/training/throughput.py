@@ -15,9 +15,9 @@ import torch
 from mmgem.config import StageConfig
 from mmgem.data.batch import Share
 from mmgem.model import MMGem
+from mmgem.ranks import Ranks
 from mmgem.training.arithmetic import TextCounts, measure_shapes, step_flops
 from mmgem.training.estimate import GPUS
-from mmgem.training.ranks import Ranks
 
 
 class Throughput:

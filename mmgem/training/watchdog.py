@@ -37,7 +37,7 @@ from mmgem.data.datamodule import StageData
 from mmgem.data.order import Order
 from mmgem.data.sources import Sources
 from mmgem.errors import one_line
-from mmgem.training.ranks import Ranks
+from mmgem.ranks import Ranks
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again."""

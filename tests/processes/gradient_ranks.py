@@ -34,9 +34,10 @@ from mmgem.data.datamodule import Shares
 from mmgem.losses.caption import caption_loss
 from mmgem.losses.contrastive import contrastive_loss
 from mmgem.losses.gather import sum_over_ranks
+from mmgem.ranks import Ranks, process_group
 from mmgem.text import train_tokenizer
 from mmgem.training.module import ShardedStageModule, StageModule
-from mmgem.training.ranks import Ranks, StartedRanks, process_group
+from mmgem.training.ranks import StartedRanks
 from mmgem.training.strategy import make_strategy
 
 GLOBAL_BATCH = 32

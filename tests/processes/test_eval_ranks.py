@@ -25,6 +25,7 @@ def evaluated(model: Path, data: Path, out: Path, ranks: int) -> list[dict]:
     # 5 batches of 5 and less: the last rank has fewer than the others.
     command = ["eval", "all", "--model", model, "--data", data, "--out", out, "--batch-size", "5"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+    shared["LOCAL_WORLD_SIZE"] = str(ranks)
     started = [Process(*command, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
     done = [process.wait() for process in started]
     assert [d.code for d in done] == [0] * ranks, done[-1].err

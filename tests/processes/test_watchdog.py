@@ -24,7 +24,7 @@ from mmgem.data.datamodule import StageData
 from mmgem.data.order import Order
 from mmgem.data.sources import Sources, open_training_data
 from mmgem.images import Preprocess
-from mmgem.training.ranks import Ranks, process_group
+from mmgem.ranks import Ranks, process_group
 from mmgem.training.watchdog import (
     EXIT_CODE,
     Peer,

@@ -18,10 +18,10 @@ from helpers import build
 from mmgem.config import Config, LlmConfig, ModelConfig, StageConfig, VisionConfig, load_config
 from mmgem.data.batch import Broken
 from mmgem.errors import UserError
+from mmgem.ranks import Ranks
 from mmgem.training.callbacks import BrokenSamples
 from mmgem.training.checkpoint import RunFolder, append_line
 from mmgem.training.module import StageModule
-from mmgem.training.ranks import Ranks
 from mmgem.training.saved import RunState, read_checkpoint, run_state_tree
 from mmgem.training.signals import SIGNALS, Stopped, stop_if_asked, stopping_at_once
 

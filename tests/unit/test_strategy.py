@@ -13,7 +13,7 @@ from helpers import LLAMA, build, model_config
 
 from mmgem.config import Config, ModelConfig, StageConfig, TrainingConfig
 from mmgem.errors import UserError
-from mmgem.training.ranks import Ranks
+from mmgem.ranks import Ranks
 from mmgem.training.saved import RunState, Saved, refuse_other_strategy
 from mmgem.training.strategy import deepspeed_settings, repeated_blocks, resolve
 from mmgem.training.temperature import Temperature

@@ -3,6 +3,7 @@
 Receives the model, the encoded split and options. Refuses nothing by itself.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 import mmgem
 from mmgem.inference.encode import Encoded, Encoder
-from mmgem.inference.ranks import Ranks, alone
+from mmgem.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class TaskOptions:
     drawn: int = 20
     worst: int = 20
     progress: bool = True
-    ranks: Ranks = field(default_factory=alone)
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def work(self) -> dict[str, Any]:
@@ -111,6 +113,12 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def logit_scale_of(model: Encoder) -> float:
+    """The logarithm of what cosines are multiplied by; CLIP's highest for a model without."""
+    found = getattr(model, "logit_scale", None)
+    return math.log(100) if found is None else float(torch.as_tensor(found).detach())
 
 
 def mean_vector(vectors_NE: Tensor) -> Tensor:

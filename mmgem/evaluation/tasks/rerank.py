@@ -17,7 +17,7 @@ from mmgem.errors import UserError
 from mmgem.evaluation.metrics.retrieval import Positives, chance_recall, top_k
 from mmgem.evaluation.metrics.scores import Scores
 from mmgem.evaluation.result import Example, Hit, Kind, SearchExample, TaskResult
-from mmgem.evaluation.tasks.common import TaskOptions, draw, mean_vector, protocol, worst
+from mmgem.evaluation.tasks.common import TaskOptions, draw, logit_scale_of, mean_vector, protocol, worst
 from mmgem.evaluation.tasks.retrieval import text_to_image
 from mmgem.inference.encode import Encoded, Encoder, choose_texts, pair_likelihoods
 from mmgem.text import PrefixTree
@@ -53,7 +53,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     to_image = text_to_image(encoded, options.same_text)
     to_text = to_image.reversed()
     images, texts = encoded.image_vectors_NE, encoded.text_vectors_ME
-    scale = float(getattr(model, "logit_scale", torch.tensor(np.log(100.0))))
+    scale = logit_scale_of(model)
     blank_1E = mean_vector(images)
 
     asked = [i for i, count in enumerate(to_text.counts.tolist()) if count]
