@@ -129,6 +129,9 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stages", action="store_true", help="compare the model after each stage of the run")
     _add_search(parser)
     parser.add_argument("--length-penalty", type=float, default=1.0)
+    parser.add_argument(
+        "--join-captions", action="store_true", help="retrieval: an image's captions, joined, are one long text"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time; ranks share the batches")
     parser.add_argument(
         "--baseline",
@@ -150,6 +153,7 @@ def run_eval(args: Arguments) -> int:
         length_penalty=args.length_penalty,
         rerank=args.rerank,
         max_new_tokens=args.max_new_tokens,
+        join_captions=args.join_captions,
     )
     out = args.out or args.model / "report"
     baseline = [next(iter(models))] if args.baseline == "crop" else []

@@ -128,6 +128,8 @@ class TaskResult:
     keys: list[str] = field(default_factory=list)
     picture: Callable[[int], Image.Image] | None = None
     curves: list[Curve] = field(default_factory=list)
+    files: dict[str, Any] = field(default_factory=dict)
+    """By name what else is to be written beside metrics.json, as JSON, for other tools."""
     confusion: Confusion | None = None
 
     @classmethod

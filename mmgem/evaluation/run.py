@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch import nn
 
+from mmgem.data.samples import Sample
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
 from mmgem.evaluation.items import save_items
@@ -57,6 +58,8 @@ def evaluate(
     list, each with "model"), `out/report.html`, and `out/items/` (see `items`).
     """
     ranks = ranks or Ranks()
+    if options is not None and options.join_captions and set(tasks) - {"retrieval", "rerank"}:
+        raise UserError("--join-captions is for retrieval and rerank: name one of them")
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: at least 1")
     chosen = _chosen(tasks)
@@ -71,12 +74,13 @@ def evaluate(
     results: Results = {}
     facts: list[tuple[str, str]] = []
     encoded: Encoded | None = None
-    for name, source in models.items():
-        model = _load(source, _device(device, ranks))
+    for name, given in models.items():
+        model = _load(given, _device(device, ranks))
         facts.append((name, _sizes(model)))
         own = replace(options, baseline="crop" if name in cropped else "none")
         if dataset is not None:
-            encoded = encode_for(of_split, model, dataset, own, batch_size, max_broken, name)
+            source = Joined(dataset) if own.join_captions else dataset
+            encoded = encode_for(of_split, model, source, own, batch_size, max_broken, name)
         results[name] = {task.name: _run(task, model, encoded, Path(data), own) for task in chosen}
         for result in results[name].values():
             result.model = name
@@ -86,6 +90,20 @@ def evaluate(
         about = _about(title, run, facts, dataset, encoded, options)
         _write(Path(out), [result for of_model in results.values() for result in of_model.values()], about)
     return results
+
+
+class Joined:
+    """A dataset in which each image has one caption: all of its own, in their order, with spaces between."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.keys = dataset, dataset.keys
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def sample(self, index: int, /) -> Sample:
+        found = self.dataset.sample(index)
+        return replace(found, captions=(" ".join(found.captions),)) if found.captions else found
 
 
 def encode_for(
@@ -122,6 +140,10 @@ def _write(out: Path, results: Sequence[TaskResult], about: About) -> None:
     write_json(out / "metrics.json", metrics_json(results))
     for result in results:
         save_items(out, result)
+        for name, content in result.files.items():
+            stem, dot, ending = name.rpartition(".")
+            several = len({r.model for r in results}) > 1
+            write_json(out / (f"{stem}.{result.model}{dot}{ending}" if several else name), content)
     write_report(out / "report.html", results, about)
 
 

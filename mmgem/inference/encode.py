@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import compress
 from math import ceil, floor
 from typing import Any, Protocol, TypeVar
 
@@ -94,6 +95,8 @@ class Encoded:
     keys: list[str]
     positions: list[int]
     """[N] where each image stands in the dataset: skipped samples leave gaps."""
+    meta: list[dict[str, Any]]
+    """[N] what else the data say of each image (`Sample.meta`)."""
     captions: list[list[str]]
     text_vectors_ME: Tensor
     """Captions, image after image; [0, E] if texts were not asked for."""
@@ -108,6 +111,8 @@ class Encoded:
     region_boxes: list[Box]
     region_phrases: list[str]
     region_entities: list[str | None]
+    region_types: list[tuple[str, ...]]
+    """What kind of thing each region is, where the data say it ("types" of a region); else ()."""
     phrases: list[str]
     """The distinct phrases, as the data write them."""
     phrase_vectors_PE: Tensor
@@ -260,7 +265,17 @@ def _encode_batch(model: Encoder, loaded: _Loaded, part: _Part, regions: bool, c
 
 def _seen(model: Encoder, sample: Sample, image: Image.Image) -> Sample:
     """The sample without the regions of which the model sees nothing."""
-    return replace(sample, regions=tuple(r for r in sample.regions if model.sees(image, r.box)))
+    seen = [model.sees(image, region.box) for region in sample.regions]
+    others = sample.meta.get("regions")
+    meta = {**sample.meta, "regions": list(compress(others, seen))} if others else sample.meta
+    return replace(sample, regions=tuple(compress(sample.regions, seen)), meta=meta)
+
+
+def _types(sample: Sample) -> list[tuple[str, ...]]:
+    """Of each region; a name alone is one type."""
+    others = sample.meta.get("regions") or [{}] * len(sample.regions)
+    found = [other.get("types", ()) for other in others]
+    return [(types,) if isinstance(types, str) else tuple(map(str, types)) for types in found]
 
 
 def crop(image: Image.Image, box: Box) -> Image.Image:
@@ -302,6 +317,7 @@ def _assemble(
         image_vectors_NE=image_NE,
         keys=[sample.key for sample in parts.samples],
         positions=parts.positions,
+        meta=[sample.meta for sample in parts.samples],
         captions=captions,
         text_vectors_ME=vectors[flat_rows],
         text_image=torch.repeat_interleave(torch.arange(len(captions)), counts),
@@ -311,6 +327,7 @@ def _assemble(
         region_boxes=[region.box for _, region in owned],
         region_phrases=[region.phrase for _, region in owned],
         region_entities=[region.entity for _, region in owned],
+        region_types=[types for sample in parts.samples for types in _types(sample)] if regions else [],
         phrases=phrases,
         phrase_vectors_PE=vectors[phrase_rows],
         phrase_cut_P=cut[phrase_rows],

@@ -13,7 +13,7 @@ from mmgem.evaluation.tasks import TASKS, SplitTask
 
 TASK_NAMES = [name for name, task in TASKS.items() if isinstance(task, SplitTask)]
 SHORT = ("stages.0.samples=160", "stages.1.samples=160", "training.sample_every=0")  # 10 + 10 steps
-EVERY = ("training.val_every=4", "training.val_samples=20", f"training.val_tasks=[{', '.join(TASK_NAMES)}]")
+EVERY = ("training.val_every=6", "training.val_samples=8", f"training.val_tasks=[{', '.join(TASK_NAMES)}]")
 
 
 def test_each_task_on_a_split_can_be_chosen(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,13 +22,13 @@ def test_each_task_on_a_split_can_be_chosen(tiny: Tiny, tmp_path: Path, capsys: 
     assert figures(tmp_path / "val") == figures(tmp_path / "plain")
     lines = read_lines(tmp_path / "val" / "val.jsonl")
     assert [(line["step"], line["stage"]) for line in lines] == [
-        (4, "global"), (8, "global"), (10, "global"), (14, "fine-grained"), (18, "fine-grained"), (20, "fine-grained"),
+        (6, "global"), (10, "global"), (16, "fine-grained"), (20, "fine-grained"),
     ]  # fmt: skip
     wanted = {"text_retrieval_recall@1", "CIDEr", "region_image_retrieval_recall@1", "region_CIDEr"}
     wanted |= {"rerank_both_text_retrieval_recall@1", "pointing_accuracy"}
     for line in lines:
         assert wanted <= line.keys() and all(math.isfinite(v) for k, v in line.items() if k != "stage")
-    assert "step 4: val: text_retrieval_recall@1 " in capsys.readouterr().err
+    assert "step 6: val: text_retrieval_recall@1 " in capsys.readouterr().err
     assert not (tmp_path / "plain" / "val.jsonl").exists()
 
 
@@ -38,10 +38,10 @@ def test_ranks_share_it_or_do_it_together_where_none_has_the_whole_model(tiny: T
         settings = [*SHORT, *EVERY, f"training.strategy={strategy}", "stages.1=null"]
         Job(tiny.arguments(tmp_path / strategy, *settings), 2, tmp_path / f"{strategy}-out").finish()
         found[strategy] = read_lines(tmp_path / strategy / "val.jsonl")
-    assert [line["step"] for line in found["ddp"]] == [line["step"] for line in found["deepspeed_3"]] == [4, 8, 10]
+    assert [line["step"] for line in found["ddp"]] == [line["step"] for line in found["deepspeed_3"]] == [6, 10]
     for one, other in zip(*found.values(), strict=True):
         for name in ("text_retrieval_mAP", "image_retrieval_mAP", "BLEU@1"):
-            assert other[name] == pytest.approx(one[name], abs=0.05), (name, one["step"])
+            assert other[name] == pytest.approx(one[name], abs=0.1), (name, one["step"])
 
 
 def test_what_cannot_be_evaluated_is_refused_before_training(tiny: Tiny, tmp_path: Path, capsys) -> None:

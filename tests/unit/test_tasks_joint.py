@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from eval_standin import ColourModel
-from test_tasks import LEFT, OPTIONS, RIGHT, make_sample, write_split
+from test_tasks import LEFT, OPTIONS, RIGHT, halves, make_sample, write_split
 
 from mmgem.data.samples import Region
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
 from mmgem.evaluation.result import MapExample, SearchExample
-from mmgem.evaluation.tasks import rerank, similarity_map
+from mmgem.evaluation.run import evaluate
+from mmgem.evaluation.tasks import region_retrieval, rerank, similarity_map
 from mmgem.inference.encode import encode_dataset
+from mmgem.phrases import head_noun
 
 # --- rerank: two images, three captions ------------------------------------------------------------------------------
 
@@ -89,8 +93,6 @@ def test_recalls_by_vector_by_likelihood_and_by_both() -> None:
 
 
 def test_a_right_one_that_is_no_candidate_is_a_miss_and_a_tie_is_one() -> None:
-    from dataclasses import replace
-
     result = rerank.run(Judge(), encoded(), replace(OPTIONS, candidates=1))  # pyright: ignore[reportArgumentType]
     assert result.metrics["rerank_likelihood_text_retrieval_recall@5"] == 1 / 2  # image 0 has only "z" to judge
     tied = rerank._Candidates(
@@ -161,3 +163,83 @@ def test_the_place_of_the_highest_cosine_hits_or_misses(tmp_path) -> None:
 def test_regions_are_needed(tmp_path) -> None:
     with pytest.raises(UserError, match="has no regions"):
         pointed(tmp_path, make_sample("a", "red", "blue", ["-"]))
+
+
+# --- regions among those of their own image --------------------------------------------------------------------------
+
+
+def test_phrases_among_the_boxes_of_their_own_image_and_by_type(tmp_path) -> None:
+    typed = {"regions": [{"types": ["people"]}, {"types": "clothing"}]}
+    samples = [
+        # Both right; both tie, since the halves are alike; one box alone is nothing to choose from.
+        replace(make_sample("a", "red", "blue", ["-"], halves("red", "blue")), meta=typed),
+        make_sample("b", "red", "red", ["-"], [Region(LEFT, "a red ball", None), Region(RIGHT, "the ball", None)]),
+        make_sample("c", "red", "red", ["-"], [Region(LEFT, "a green ball", None)]),
+    ]
+    model, data = ColourModel(), ShardedDataset(write_split(tmp_path / "data", samples) / "test")
+    encoded = encode_dataset(model, data, progress=False)
+    assert encoded.region_types == [("people",), ("clothing",), (), (), ()]
+    result = region_retrieval.run(model, encoded, OPTIONS)
+    found = {name: value for name, value in result.metrics.items() if "in_image" in name}
+    assert found == {
+        "region_in_image_recall@1": 0.5,
+        "region_in_image_recall@1_clothing": 1.0,
+        "region_in_image_recall@1_people": 1.0,
+    }
+    assert result.chance["region_in_image_recall@1"] == 0.5 and result.protocol["in_image_pairs"] == 4
+
+
+def test_types_stay_with_their_regions_where_some_are_not_seen(tmp_path) -> None:
+    typed = {"regions": [{"types": ["people"]}, {"types": ["clothing"]}]}
+    sample = replace(make_sample("a", "red", "blue", ["-"], halves("red", "blue")), meta=typed)
+
+    class Right(ColourModel):
+        def sees(self, image, box):
+            return box == RIGHT
+
+    data = ShardedDataset(write_split(tmp_path / "data", [sample]) / "test")
+    encoded = encode_dataset(Right(), data, progress=False)
+    assert encoded.region_boxes == [RIGHT] and encoded.region_types == [("clothing",)]
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_also_written_as_results_for_other_tools_and_by_domain(tmp_path) -> None:
+    known = ({"cocoid": 7, "domain": "near"}, {"domain": "out"}, {"image_id": "x9", "domain": "out"})
+    samples = [
+        replace(make_sample(key, key, key, [f"a {key} ball", "ball"]), meta=meta)
+        for key, meta in zip(("red", "blue", "green"), known, strict=True)
+    ]
+    out = tmp_path / "out"
+    data = write_split(tmp_path / "data", samples)
+    result = evaluate({"m": ColourModel()}, data, "test", ["captioning"], out, options=OPTIONS)["m"]["captioning"]
+    assert json.loads((out / "captions.json").read_text()) == [
+        {"image_id": 7, "caption": "a red ball"},
+        {"image_id": "blue", "caption": "a blue ball"},
+        {"image_id": "x9", "caption": "a green ball"},
+    ]
+    means = [result.metrics["CIDEr_near"], result.metrics["CIDEr_out"]]
+    assert (means[0] + 2 * means[1]) / 3 == pytest.approx(result.metrics["CIDEr"])
+
+
+def test_captions_joined_are_one_long_text(tmp_path) -> None:
+    data = write_split(tmp_path / "data", [make_sample("a", "red", "blue", ["red", "blue ball"])])
+    options = replace(OPTIONS, join_captions=True)
+    model = ColourModel(max_tokens=2)
+    result = evaluate({"m": model}, data, "test", ["retrieval"], tmp_path / "o", options=options)["m"]["retrieval"]
+    assert "red blue ball" in model.texts_seen
+    assert result.protocol["captions"] == 1 and result.protocol["texts_cut_share"] == 1.0
+    with pytest.raises(UserError, match="--join-captions is for retrieval"):
+        evaluate({"m": model}, data, "test", ["captioning"], tmp_path / "o", options=options)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "noun"),
+    [
+        ("a man in a red hat", "man"), ("The old, brown dog.", "dog"), ("two dogs", "dogs"),
+        ("a group of people", "group"), ("up", "up"), ("people walking down the street", "walking"), ("a boy and a girl", "boy"), ("!", "!"),
+    ],
+)  # fmt: skip
+def test_the_head_of_a_phrase(phrase: str, noun: str) -> None:
+    assert head_noun(phrase) == noun

@@ -8,6 +8,7 @@ import numpy as np
 
 from mmgem.errors import UserError
 from mmgem.evaluation.metrics.captions import caption_scores
+from mmgem.evaluation.metrics.scores import Scores
 from mmgem.evaluation.result import CaptionExample, Example, Kind, TaskResult
 from mmgem.evaluation.tasks.common import TaskOptions, draw, protocol, worst
 from mmgem.inference.encode import Encoded, Encoder, write_texts
@@ -22,7 +23,9 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     prompt.
 
     Tokens as coco-caption's PTBTokenizer; CIDEr's document frequencies from the references of this
-    split. Chance: the first caption of another image of the split, drawn by lot.
+    split. Where the data give each image a "domain" (NoCaps), `CIDEr_DOMAIN` is the mean over its
+    images, with the frequencies of the whole split. `captions.json` beside the figures has what was
+    written as coco-caption's results. Chance: the first caption of another image of the split, drawn by lot.
     """
     asked = [i for i, captions in enumerate(encoded.captions) if captions]
     if not asked:
@@ -41,6 +44,11 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     found = caption_scores(written, references, samples=options.samples, seed=options.seed)
     scores = found.scores
     scores.chance = chance_scores(references, options.seed)
+    domains = [encoded.meta[i].get("domain") for i in asked]
+    for domain in sorted({d for d in domains if isinstance(d, str)}):
+        own = [n for n, d in enumerate(domains) if d == domain]
+        values = {f"CIDEr_{domain}": found.cider_N[own]}
+        scores.update(Scores.of_means(values, **options.bootstrap))
     stated = protocol(
         model,
         encoded,
@@ -57,7 +65,17 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     for n, i in enumerate(drawn + bad):
         kind: Kind = "drawn" if n < len(drawn) else "worst"
         examples.append(CaptionExample(kind, asked[i], written[i], tuple(references[i]), float(found.cider_N[i])))
-    return TaskResult.of(NAME, stated, scores, examples, keys=encoded.keys, picture=encoded.picture)
+    results = [{"image_id": _image_id(encoded, i), "caption": w} for i, w in zip(asked, written, strict=True)]
+    return TaskResult.of(
+        NAME, stated, scores, examples, keys=encoded.keys, picture=encoded.picture, files={"captions.json": results}
+    )
+
+
+def _image_id(encoded: Encoded, image: int) -> int | str:
+    """The number that COCO, NoCaps and Karpathy's files know the image by, where the data have it; else its key."""
+    meta = encoded.meta[image]
+    found = next((meta[name] for name in ("image_id", "cocoid", "coco_id", "id") if name in meta), encoded.keys[image])
+    return int(found) if str(found).isdecimal() else str(found)
 
 
 def chance_scores(references: list[list[str]], seed: int) -> dict[str, float]:

@@ -26,7 +26,8 @@ class TaskOptions:
     baseline: "crop" adds the figures of boxes cut out and embedded as images (region-retrieval).
     same_text: a caption that other images carry word for word counts for them as well (retrieval);
     the published protocols count only the image's own.
-    classes, templates: files of class names and of texts to put them into, instead of those that the data say
+    join_captions: all captions of an image, joined, are its one text, as long texts are retrieved with (retrieval,
+    rerank). classes, templates: files of class names and of texts to put them into, instead of those that the data say
     (zero-shot). alpha: the weight of log p(text | no image) that is taken off log p(text | image) (zero-shot,
     composition, rerank). candidates: how many of the nearest are judged again (rerank). queries: at most so many, where
     each is costly (rerank, similarity-map). samples: bootstrap resamples. drawn, worst: examples for the report.
@@ -40,6 +41,7 @@ class TaskOptions:
     rerank: float = 0.0
     baseline: Literal["none", "crop"] = "none"
     same_text: bool = False
+    join_captions: bool = False
     classes: Path | None = None
     templates: Path | None = None
     alpha: float = 1.0

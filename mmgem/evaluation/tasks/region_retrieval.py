@@ -1,14 +1,19 @@
 """Retrieval between boxes and phrases over a whole split, both ways.
 
-Receives an encoded split with regions. Gives recall@1, 5, 10 and the median rank, text → region and
-region → text, and on wish the same from the boxes cut out as images. Refuses a split without
-regions, with a UserError.
+Receives an encoded split with regions. Gives recall@1, 5, 10 in both conventions, mAP and the median rank, text →
+region and region → text, among all boxes of the split and among those of the image, and on wish the same from the boxes
+cut out as images. Refuses a split without regions, with a UserError.
 """
 
+from collections import defaultdict
+
+import numpy as np
+import torch
 from torch import Tensor
 
 from mmgem.errors import UserError
 from mmgem.evaluation.metrics.retrieval import (
+    TIE,
     Positives,
     first_ranks,
     positive_ranks,
@@ -21,6 +26,7 @@ from mmgem.evaluation.result import Example, Hit, Kind, SearchExample, TaskResul
 from mmgem.evaluation.tasks.boxes import BoxTable, box_table
 from mmgem.evaluation.tasks.common import TaskOptions, draw, protocol, worst
 from mmgem.inference.encode import Encoded, Encoder
+from mmgem.phrases import normalise_phrase
 
 NAME = "region-retrieval"
 VERSION = 1
@@ -34,6 +40,9 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     `region_image_retrieval_*`: text → region; each distinct phrase is a query, the gallery is all
     boxes, and any box that carries the phrase counts. `region_text_retrieval_*`: region → text;
     each box is a query, the gallery is the distinct phrases, and any phrase of the box counts.
+    `region_in_image_recall@1`: each distinct phrase of each image with two boxes or more is a query,
+    the gallery is that image's boxes; and `…@1_TYPE` over the phrases of each type that the data
+    give (Flickr30k Entities' people, clothing …).
     A box carries the phrases of its own regions and those of the entities they name. A tie with a
     wrong item is a loss. With `baseline="crop"` the same under `crop_`, from the image vector of
     each box cut out. Standard errors resample phrases and images.
@@ -49,11 +58,14 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         crops_BE = encoded.crop_vectors_RE[table.rows]
         of_crops, _ = _both_ways(crops_BE, phrases_QE, to_text, to_box, table, options)
         scores.update(of_crops.prefixed("crop_"))
+    inside, pairs = _inside(encoded, table, options)
+    scores.update(inside)
     stated = protocol(
         model,
         encoded,
         options,
         VERSION,
+        in_image_pairs=pairs,
         regions=len(encoded.region_boxes),
         regions_unseen=encoded.regions_unseen,
         boxes=len(table.boxes),
@@ -65,6 +77,42 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     )
     examples = _examples(encoded, table, to_box, phrases_QE, ranks_Q, options)
     return TaskResult.of(NAME, stated, scores, examples, keys=encoded.keys, picture=encoded.picture)
+
+
+def _inside(encoded: Encoded, table: BoxTable, options: TaskOptions) -> tuple[Scores, int]:
+    """Phrases among the boxes of their own image; nothing where no image has two boxes."""
+    types: defaultdict[tuple[int, str], set[str]] = defaultdict(set)
+    regions = (encoded.region_image.tolist(), encoded.region_phrases, encoded.region_types)
+    for image, phrase, own in zip(*regions, strict=True):
+        types[image, normalise_phrase(phrase)].update(own)
+    of_image: defaultdict[int, list[int]] = defaultdict(list)
+    for b, image in enumerate(table.image.tolist()):
+        of_image[image].append(b)
+    boxes_BE = unit_vectors(encoded.region_vectors_RE[table.rows])
+    phrases_QE = unit_vectors(encoded.phrase_vectors_PE[table.spoken])
+    hits, chances, images, kinds = [], [], [], []
+    for image, boxes in of_image.items():
+        if len(boxes) < 2:
+            continue
+        names = list(dict.fromkeys(q for b in boxes for q in table.phrase_ids[b]))
+        right_QB = torch.tensor([[q in table.phrase_ids[b] for b in boxes] for q in names])
+        cosine_QB = phrases_QE[names] @ boxes_BE[boxes].T
+        best_Q = cosine_QB.masked_fill(~right_QB, -torch.inf).amax(dim=1)
+        wrong_Q = cosine_QB.masked_fill(right_QB, -torch.inf).amax(dim=1)
+        hits += (best_Q - TIE > wrong_Q).tolist()
+        chances += right_QB.double().mean(dim=1).tolist()
+        images += [image] * len(names)
+        kinds += [types[image, table.names[q]] for q in names]
+    scores = Scores()
+    for kind in ("", *sorted(set().union(*kinds))):
+        asked = [n for n, own in enumerate(kinds) if not kind or kind in own]
+        if asked:
+            name = f"region_in_image_recall@1{f'_{kind}' if kind else ''}"
+            values = {name: np.array(hits, dtype=np.float64)[asked]}
+            chance = {name: float(np.mean([chances[n] for n in asked]))}
+            groups = np.array(images)[asked]
+            scores.update(Scores.of_means(values, chance=chance, groups=groups, **options.bootstrap))
+    return scores, len(hits)
 
 
 def _both_ways(

@@ -105,6 +105,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         logit_scale=scale,
         closed_set={"beams": _BEAMS, "texts": len(set(encoded.caption_texts))},
         same_text_counts=options.same_text,
+        captions_joined=options.join_captions,
         chance="exact, of a random order of all",
     )
     examples = _examples(encoded, back, nothing, scale, options)

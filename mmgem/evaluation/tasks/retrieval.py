@@ -67,7 +67,9 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         captions_an_image=[int(per_image.min()), int(per_image.max())],
         captions_of_several_images=_shared(encoded),
         texts_cut=int(encoded.text_cut_M.sum()),
+        texts_cut_share=round(float(encoded.text_cut_M.double().mean()), 4),
         same_text_counts=options.same_text,
+        captions_joined=options.join_captions,
         chance="exact, of a random order",
     )
     examples = _examples(encoded, to_image, ranks_M, options)
