@@ -237,8 +237,8 @@ def test_captions_joined_are_one_long_text(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("phrase", "noun"),
     [
-        ("a man in a red hat", "man"), ("The old, brown dog.", "dog"), ("two dogs", "dogs"),
-        ("a group of people", "group"), ("up", "up"), ("people walking down the street", "walking"), ("a boy and a girl", "boy"), ("!", "!"),
+        ("a man in a red hat", "man"), ("The old, brown dog.", "dog"), ("two dogs", "dogs"), ("up", "up"), ("!", "!"),
+        ("people walking down the street", "walking"), ("a boy and a girl", "boy"), ("a group of people", "group"),
     ],
 )  # fmt: skip
 def test_the_head_of_a_phrase(phrase: str, noun: str) -> None:
