@@ -75,7 +75,39 @@ class SearchExample:
     wanted: Hit
 
 
-Example = CaptionExample | RegionExample | SearchExample
+@dataclass(frozen=True, slots=True)
+class ChoiceExample:
+    """A picture, what was asked of it, and the texts to choose from.
+
+    choices: (text, score, whether it is right), best first, at most 6. taken: the best is right.
+    """
+
+    kind: Kind
+    image: int
+    question: str
+    choices: tuple[tuple[str, float, bool], ...]
+    taken: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MapExample:
+    """Where in a picture a text is seen.
+
+    scores: H rows of W cosines, in even cells over `window` (pixels of the picture, as `boxes` and
+    `peak` are). boxes: of what the text names. peak: x, y of the greatest. hit: it lies in one of the boxes.
+    """
+
+    kind: Kind
+    image: int
+    text: str
+    window: Box
+    scores: tuple[tuple[float, ...], ...]
+    boxes: tuple[Box, ...]
+    peak: tuple[float, float]
+    hit: bool
+
+
+Example = CaptionExample | RegionExample | SearchExample | ChoiceExample | MapExample
 
 
 @dataclass(frozen=True, slots=True)
