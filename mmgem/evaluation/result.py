@@ -159,8 +159,9 @@ class TaskResult:
         return cls(task, protocol, scores.metrics, scores.stderr, scores.chance, examples, items=scores.items, **more)
 
     def to_json(self) -> dict[str, Any]:
-        """metrics.json of schema 1; without the examples."""
+        """metrics.json of schema 1 (metrics.schema.json); without the examples."""
         return {
+            **({"model": self.model} if self.model else {}),
             "schema": SCHEMA,
             "task": self.task,
             "protocol": self.protocol,
@@ -171,10 +172,8 @@ class TaskResult:
 
 
 def metrics_json(results: Sequence[TaskResult]) -> dict[str, Any] | list[dict[str, Any]]:
-    """One result: its schema. Several: a list of them, each with its "model"."""
-    if len(results) == 1:
-        return results[0].to_json()
-    return [{"model": r.model, **r.to_json()} for r in results]
+    """One result: itself. Several: a list of them."""
+    return results[0].to_json() if len(results) == 1 else [r.to_json() for r in results]
 
 
 def write_json(path: Path, content: Any) -> None:
