@@ -18,6 +18,7 @@ from typing import Any
 
 from mmgem import __version__
 from mmgem.cli_data import add_data, add_debug, run_data
+from mmgem.cli_eval import add_compare, add_eval, add_model, add_search, reachable_model, run_compare, run_eval
 from mmgem.errors import UserError
 from mmgem.memory import keep_freed_memory
 
@@ -101,98 +102,11 @@ def run_check(args: Arguments) -> int:
     return 0
 
 
-# --- eval --------------------------------------------------------------------------------------
-
-
-def add_eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "task",
-        choices=(
-            "retrieval",
-            "captioning",
-            "region-retrieval",
-            "region-captioning",
-            "rerank",
-            "similarity-map",
-            "all",
-        ),  # fmt: skip
-        help="all: those that the data allow",
-    )
-    _add_model(parser)
-    parser.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="a dataset made by `mmgem data prepare`"
-    )
-    parser.add_argument("--split", default="test")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where metrics.json and report.html go (default: MODEL/report)"
-    )
-    parser.add_argument("--stages", action="store_true", help="compare the model after each stage of the run")
-    _add_search(parser)
-    parser.add_argument("--length-penalty", type=float, default=1.0)
-    parser.add_argument(
-        "--join-captions", action="store_true", help="retrieval: an image's captions, joined, are one long text"
-    )
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time; ranks share the batches")
-    parser.add_argument(
-        "--baseline",
-        choices=("crop",),
-        help="crop: region retrieval also from the vectors of cut-out boxes, by the (first) model",
-    )
-
-
-def run_eval(args: Arguments) -> int:
-    _reachable_model(args.model)
-    models = _models_of(args.model, args.stages)
-    from mmgem.evaluation.run import evaluate, tasks_for
-    from mmgem.evaluation.tasks import TaskOptions
-    from mmgem.ranks import process_group
-
-    tasks = tasks_for(args.data, args.split) if args.task == "all" else [args.task]
-    options = TaskOptions(
-        num_beams=args.beams,
-        length_penalty=args.length_penalty,
-        rerank=args.rerank,
-        max_new_tokens=args.max_new_tokens,
-        join_captions=args.join_captions,
-    )
-    out = args.out or args.model / "report"
-    baseline = [next(iter(models))] if args.baseline == "crop" else []
-    with process_group(cuda=False) as ranks:
-        evaluate(
-            models,
-            args.data,
-            args.split,
-            tasks,
-            out,
-            options=options,
-            batch_size=args.batch_size,
-            crop_baseline=baseline,
-            device=args.device,
-            run_dir=args.model if (args.model / "log.jsonl").is_file() else None,
-            ranks=ranks,
-        )
-    if ranks.first:
-        print(f"{out}/metrics.json\n{out}/report.html")
-    return 0
-
-
-def _models_of(path: Path, stages: bool) -> dict[str, Path]:
-    if not stages:
-        return {path.name: path}
-    found = {p.name: p for p in (path / "stages").glob("*") if (p / "config.json").is_file()}
-    if not found:
-        raise UserError(f"{path}/stages: no finished stage here; leave --stages out, or give a run folder")
-    import yaml
-
-    order = [s["name"] for s in yaml.safe_load((path / "config.yaml").read_text())["stages"]]
-    return {name: found[name] for name in order if name in found}
-
-
 # --- use ---------------------------------------------------------------------------------------
 
 
 def add_caption(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     _add_writing(parser)
 
@@ -206,7 +120,7 @@ def run_caption(args: Arguments) -> int:
 
 
 def add_regions(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("image", type=Path, metavar="IMAGE")
     parser.add_argument(
         "--box", action="append", required=True, metavar="x1,y1,x2,y2", help="pixels of the picture; may be given again"
@@ -240,7 +154,7 @@ def run_regions(args: Arguments) -> int:
 
 
 def add_embed(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    add_model(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--images", nargs="+", type=Path, metavar="PATH", help="pictures, or folders of them")
     what.add_argument("--texts", type=Path, metavar="FILE", help="one text a line")
@@ -283,31 +197,12 @@ def run_export(args: Arguments) -> int:
     return 0
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, type=Path, metavar="M", help="a run folder, or what save_pretrained wrote"
-    )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-
-
 def _add_writing(parser: argparse.ArgumentParser) -> None:
-    _add_search(parser)
+    add_search(parser)
     parser.add_argument("--top-p", type=float, metavar="P", help="nucleus sampling")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-
-
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--beams", type=int, default=1, metavar="N", help="beams of captions (default 1: greedy)")
-    parser.add_argument(
-        "--rerank",
-        type=float,
-        default=0.0,
-        metavar="W",
-        help="of the beams take that with the highest mean log p of a token + W * cosine with the picture",
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=30, metavar="N")
 
 
 def _writing(args: Arguments) -> dict[str, Any]:
@@ -317,15 +212,8 @@ def _writing(args: Arguments) -> dict[str, Any]:
     return options
 
 
-def _reachable_model(path: Path) -> None:
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such model; give a run folder, e.g. runs/quickstart, or what save_pretrained wrote"
-        )
-
-
 def _load(args: Arguments) -> Any:
-    _reachable_model(args.model)
+    reachable_model(args.model)
     from mmgem.inference.use import load_model
 
     return load_model(args.model, args.device)
@@ -338,6 +226,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "check": ("say what a config would build, before it runs", add_check, run_check),
     "data": ("prepare, index and check data", add_data, run_data),
     "eval": ("measure a model on a dataset; metrics.json and report.html", add_eval, run_eval),
+    "eval compare": ("compare two evaluations item by item, with intervals", add_compare, run_compare),
     "caption": ("write captions for pictures", add_caption, run_caption),
     "regions": ("caption, embed and compare boxes of a picture", add_regions, run_regions),
     "embed": ("vectors of pictures or texts, into a file", add_embed, run_embed),
@@ -383,6 +272,8 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> Arguments:
     for i in range(len(argv) - 1, 0, -1):
         if argv[i - 1] == "--box" and argv[i][:1] == "-" and argv[i][1:2] in set("0123456789."):
             argv[i - 1 : i + 1] = [f"--box={argv[i]}"]
+    if " ".join(argv[:2]) in COMMANDS:  # a command of two words
+        argv = [" ".join(argv[:2]), *argv[2:]]
     # It also leaves overrides over that stand on both sides of an option.
     args, rest = parser.parse_known_args(argv)
     if rest and "overrides" in args and not any(text.startswith("-") for text in rest):

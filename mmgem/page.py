@@ -7,10 +7,13 @@ script, no other file and no network. Refuses nothing. Texts that are not Markup
 import base64
 import io
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment
 from markupsafe import Markup, escape
 from PIL import Image
@@ -19,9 +22,11 @@ from mmgem.data.samples import Box
 
 STYLE = """
 :root{color-scheme:light dark;--ground:#fcfcfa;--card:#fff;--ink:#1d2125;--soft:#5b646e;
---line:#dfe2e5;--shade:#f1f3f4;--accent:#2563a8;--right:#1a7f45;--wrong:#b3382c}
+--line:#dfe2e5;--shade:#f1f3f4;--accent:#2563a8;--right:#1a7f45;--wrong:#b3382c;
+--violet:#7a4fb0;--ochre:#8a6400}
 @media (prefers-color-scheme:dark){:root{--ground:#15181b;--card:#1c2024;--ink:#e4e7ea;
---soft:#9aa4ae;--line:#30363c;--shade:#22272c;--accent:#7db3ee;--right:#5cc48a;--wrong:#ee8577}}
+--soft:#9aa4ae;--line:#30363c;--shade:#22272c;--accent:#7db3ee;--right:#5cc48a;--wrong:#ee8577;
+--violet:#bd9cf0;--ochre:#d9ae45}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--ground);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
@@ -41,6 +46,15 @@ th:first-child,td:first-child{text-align:left}
 thead th{border-bottom:1px solid var(--line);color:var(--soft);font-weight:600}
 tr.task th{background:var(--shade);text-align:left;font-weight:600}
 td small{color:var(--soft)}
+tr.other td{color:var(--soft);font-size:.85em;padding-top:0}tr.other td:first-child{padding-left:28px}
+table.confusion th:first-child{position:sticky;left:0;background:var(--card);z-index:1}
+table.confusion{width:auto}table.confusion td{text-align:center;min-width:40px;padding:5px 6px}
+table.confusion thead th{text-align:center;padding:5px 6px;vertical-align:bottom}
+table.confusion tbody th{text-align:left;font-weight:400}
+td.yes{background:color-mix(in srgb,var(--right) calc(var(--s)*.55),transparent)}
+td.no{background:color-mix(in srgb,var(--wrong) calc(var(--s)*.55),transparent)}
+table.pairs td:nth-child(2),table.pairs th:nth-child(2){text-align:left}
+table.pairs td{white-space:normal;overflow-wrap:anywhere}
 td.name{font-family:ui-monospace,"SF Mono",Menlo,Consolas,monospace;font-size:.85em}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:14px}
 svg.chart{width:100%;height:auto;display:block;background:var(--card);
@@ -53,16 +67,29 @@ svg.chart .grid,svg.chart .tick{stroke:var(--line);fill:none}
 svg.chart .stage0{fill:none}svg.chart rect.stage1{fill:var(--shade)}
 svg.chart text.stage{font-size:12px}
 svg.chart polyline{fill:none;stroke:var(--accent);stroke-linejoin:round}
+svg .line0{stroke:var(--accent)}svg .line1{stroke:var(--wrong)}svg .line2{stroke:var(--right)}
+svg .line3{stroke:var(--violet)}svg .line4{stroke:var(--ochre)}svg .line5{stroke:var(--soft)}
+svg.chart polyline[class^=line]{stroke-width:2}svg path[class^=line]{fill:none;stroke-width:2.5}
+.charts figure{margin:0}.charts{align-items:start}.charts+.scroll{margin-top:14px}
+svg.forest .zero{stroke:var(--soft);stroke-dasharray:4 3}
+svg.forest path.better{stroke:var(--right)}svg.forest circle.better{fill:var(--right)}
+svg.forest path.worse{stroke:var(--wrong)}svg.forest circle.worse{fill:var(--wrong)}
+svg.forest path.even{stroke:var(--soft)}svg.forest circle.even{fill:var(--soft)}
+svg.forest path{stroke-width:2;fill:none}svg.forest .grid,svg.forest .zero{stroke-width:1}
+.legend{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:.85rem;color:var(--soft);padding:6px 4px}
+.legend svg{width:34px;height:8px;vertical-align:middle}
 svg.chart .raw{opacity:.28;stroke-width:1}svg.chart .smooth{stroke-width:2}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:16px;
 align-items:start}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;overflow:hidden}
 .card .body{padding:10px 14px 12px;font-size:.92rem;overflow-wrap:anywhere}
 svg.picture{width:100%;height:auto;max-height:290px;display:block;background:var(--shade)}
-svg.picture rect.halo{fill:none;stroke:#000;stroke-opacity:.55;stroke-width:4.5;
+svg.picture .halo{fill:none;stroke:#000;stroke-opacity:.55;stroke-width:4.5;
 vector-effect:non-scaling-stroke}
-svg.picture rect.box{fill:none;stroke-width:2.5;vector-effect:non-scaling-stroke}
+svg.picture .box{fill:none;stroke-width:2.5;vector-effect:non-scaling-stroke}
+svg.picture circle.box{stroke:#fff}
 svg.picture text.badge{fill:#111;font-weight:700;text-anchor:middle;font-family:inherit}
+svg.shared{position:absolute;width:0;height:0}
 .by{color:var(--soft);font-size:.82rem}
 .wrote{margin:0 0 6px}
 .refs{margin:6px 0 0;padding:6px 0 0 1.1em;border-top:1px solid var(--line);color:var(--soft);
@@ -70,6 +97,10 @@ font-size:.87rem}
 ul.notes{list-style:none;margin:0;padding:0}
 ul.notes li{display:grid;grid-template-columns:22px 1fr;gap:2px 9px;padding:5px 0}
 ul.notes li+li{border-top:1px solid var(--line)}
+.body .query{font-weight:600;margin:0 0 6px}
+ol.choices{list-style:none;margin:2px 0 8px;padding:0}
+ol.choices li{display:grid;grid-template-columns:1fr auto;gap:10px;padding:2px 0}
+ol.choices .score{font-variant-numeric:tabular-nums;color:var(--soft)}
 .chip{width:20px;height:20px;border-radius:4px;color:#111;font-size:.78rem;font-weight:700;
 text-align:center;line-height:20px}
 .right{color:var(--right)}.wrong{color:var(--wrong)}
@@ -83,6 +114,7 @@ max-width:900px}
 .tile.hit svg.picture{border-color:var(--right)}
 .tile.wanted svg.picture{border:3px dashed var(--right)}
 .tile figcaption{font-size:.76rem;color:var(--soft);line-height:1.25;margin-top:2px}
+details.more{margin:14px 0}details.more>summary{padding:6px 0}details.more[open]>summary{margin-bottom:8px}
 details{margin:10px 0}summary{cursor:pointer;color:var(--soft)}
 pre{overflow-x:auto;background:var(--shade);border-radius:8px;padding:12px 14px;font-size:.8rem}
 footer{margin-top:48px;color:var(--soft);font-size:.85rem}
@@ -96,6 +128,11 @@ td small{display:block}thead th{white-space:normal}}
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7")
 
 _QUALITY = 80
+
+_EMBEDDED = re.compile(r'<image href="(data:image/jpeg;base64,[^"]+)"')
+
+# From dark to bright, evenly to the eye, also without colours: five points of magma (van der Walt and Smith 2015).
+_HEAT = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +158,27 @@ def thumbnail(image: Image.Image, side: int) -> Image.Image:
     return small
 
 
-def picture(image: Image.Image, side: int, alt: str, marks: Sequence[Mark] = ()) -> Markup:
-    """The picture, with boxes drawn over it in pixels of the original."""
-    return _svg(image, side, alt, marks, (0.0, 0.0, float(image.width), float(image.height)))
+def picture(
+    image: Image.Image, side: int, alt: str, marks: Sequence[Mark] = (), points: Sequence[tuple[float, float]] = ()
+) -> Markup:
+    """The picture, with boxes and rings round points drawn over it in pixels of the original."""
+    return _svg(image, side, alt, marks, (0.0, 0.0, float(image.width), float(image.height)), points)
+
+
+def heated(image: Image.Image, scores: Sequence[Sequence[float]], window: Box) -> Image.Image:
+    """The picture with H rows of W scores laid over a window of it as colours, half through, dark to bright."""
+    values_HW = np.asarray(scores, dtype=np.float64)
+    low, high = values_HW.min(), values_HW.max()
+    share_HW = (values_HW - low) / (high - low) if high > low else np.zeros_like(values_HW)
+    anchors = np.linspace(0, 1, len(_HEAT))
+    heat_HW3 = np.stack([np.interp(share_HW, anchors, channel) for channel in zip(*_HEAT, strict=True)], axis=-1)
+    left, top, right, bottom = (round(edge) for edge in window)
+    size = max(right - left, 1), max(bottom - top, 1)
+    cells = Image.fromarray(heat_HW3.round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    out = image.convert("RGB")
+    under = out.crop((left, top, left + size[0], top + size[1]))
+    out.paste(Image.blend(under, cells, 0.55), (left, top))
+    return out
 
 
 def cutout(image: Image.Image, box: Box, side: int, alt: str, colour: str) -> Markup:
@@ -139,7 +194,14 @@ def cutout(image: Image.Image, box: Box, side: int, alt: str, colour: str) -> Ma
     return _svg(image, side, alt, [Mark(box, colour)], (x1, y1, x2, y2))
 
 
-def _svg(image: Image.Image, side: int, alt: str, marks: Sequence[Mark], window: Box) -> Markup:
+def _svg(
+    image: Image.Image,
+    side: int,
+    alt: str,
+    marks: Sequence[Mark],
+    window: Box,
+    points: Sequence[tuple[float, float]] = (),
+) -> Markup:
     """The window of the picture; boxes keep their line width at any size."""
     cut = tuple(round(edge) for edge in window)
     x1, y1, x2, y2 = cut[0], cut[1], max(cut[2], cut[0] + 1), max(cut[3], cut[1] + 1)
@@ -161,10 +223,33 @@ def _svg(image: Image.Image, side: int, alt: str, marks: Sequence[Mark], window:
                 f'<text class="badge" font-size="{font:.1f}" x="{x + 0.65 * font:.1f}" '
                 f'y="{y + font:.1f}">{escape(mark.badge)}</text>'
             )
+    for x, y in points:
+        for css in ("halo", "box"):
+            parts.append(f'<circle class="{css}" cx="{x:.1f}" cy="{y:.1f}" r="{0.4 * font:.1f}"/>')
     return Markup(
         f'<svg class="picture" viewBox="{x1} {y1} {width} {height}" role="img" '
         f'aria-label="{escape(alt)}">{"".join(parts)}</svg>'
     )
+
+
+def shared(page: str) -> str:
+    """The page with each embedded picture once: where it stands more than once, the others refer to it."""
+    counts = Counter(_EMBEDDED.findall(page))
+    named = {uri: f"p{n}" for n, uri in enumerate(uri for uri, count in counts.items() if count > 1)}
+    if not named:
+        return page
+    symbols = "".join(
+        f'<symbol id="{name}" viewBox="0 0 1 1" preserveAspectRatio="none">'
+        f'<image href="{uri}" width="1" height="1" preserveAspectRatio="none"/></symbol>'
+        for uri, name in named.items()
+    )
+
+    def replaced(found: re.Match[str]) -> str:
+        name = named.get(found[1])
+        return f'<use href="#{name}"' if name else found[0]
+
+    body = _EMBEDDED.sub(replaced, page)
+    return body.replace("<body>", f'<body>\n<svg class="shared" aria-hidden="true">{symbols}</svg>', 1)
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from mmgem.evaluation.result import TaskResult
 FOLDER = "items"
 
 
-def items_file(out: Path, result: TaskResult) -> Path:
+def items_file(out: Path, model: str, task: str) -> Path:
     """`out/items/[MODEL.]TASK.npz`; a slash in a model's name becomes a dash."""
-    model = result.model.replace("/", "-").replace(os.sep, "-")
-    return out / FOLDER / f"{model + '.' if model else ''}{result.task}.npz"
+    model = model.replace("/", "-").replace(os.sep, "-")
+    return out / FOLDER / f"{model + '.' if model else ''}{task}.npz"
 
 
 def save_items(out: Path, result: TaskResult) -> None:
@@ -48,7 +48,7 @@ def save_items(out: Path, result: TaskResult) -> None:
         for metric, items in result.items.items()
     }
     arrays["about"] = np.array(json.dumps(about))
-    path = items_file(out, result)
+    path = items_file(out, result.model, result.task)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished.npz")
     np.savez_compressed(unfinished, allow_pickle=False, **arrays)

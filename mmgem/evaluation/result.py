@@ -76,9 +76,26 @@ class SearchExample:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceExample:
+    """A picture, what was asked of it, and the texts to choose from.
+
+    choices: (text, score, whether it is right), best first, at most 6. taken: the best is right.
+    """
+
+    kind: Kind
+    image: int
+    question: str
+    choices: tuple[tuple[str, float, bool], ...]
+    taken: bool
+
+
+@dataclass(frozen=True, slots=True)
 class MapExample:
-    """The cosine of each place of an image with a text. scores: H rows of W, laid over `window` of the image; peak: the
-    highest place's middle; both in the image's pixels, as `boxes` that the text names."""
+    """Where in a picture a text is seen.
+
+    scores: H rows of W cosines, in even cells over `window` (pixels of the picture, as `boxes` and
+    `peak` are). boxes: of what the text names. peak: x, y of the greatest. hit: it lies in one of the boxes.
+    """
 
     kind: Kind
     image: int
@@ -90,7 +107,7 @@ class MapExample:
     hit: bool
 
 
-Example = MapExample | CaptionExample | RegionExample | SearchExample
+Example = CaptionExample | RegionExample | SearchExample | ChoiceExample | MapExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +161,9 @@ class TaskResult:
         return cls(task, protocol, scores.metrics, scores.stderr, scores.chance, examples, items=scores.items, **more)
 
     def to_json(self) -> dict[str, Any]:
-        """metrics.json of schema 1; without the examples."""
+        """metrics.json of schema 1 (metrics.schema.json); without the examples."""
         return {
+            **({"model": self.model} if self.model else {}),
             "schema": SCHEMA,
             "task": self.task,
             "protocol": self.protocol,
@@ -156,10 +174,8 @@ class TaskResult:
 
 
 def metrics_json(results: Sequence[TaskResult]) -> dict[str, Any] | list[dict[str, Any]]:
-    """One result: its schema. Several: a list of them, each with its "model"."""
-    if len(results) == 1:
-        return results[0].to_json()
-    return [{"model": r.model, **r.to_json()} for r in results]
+    """One result: itself. Several: a list of them."""
+    return results[0].to_json() if len(results) == 1 else [r.to_json() for r in results]
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation of one or several models on one split: figures, metrics.json, report.html.
+"""Evaluation of one or several models on one split: figures, metrics.json, report.html, report.md.
 
 Receives models (paths, or models in memory) by name, a data folder, a split and task names. Gives
 the results, and writes both files. Refuses, with a UserError: unknown tasks and names, missing
@@ -54,8 +54,8 @@ def evaluate(
     itself; the order is that of the report's columns. crop_baseline: True, or the names of the
     models, whose region retrieval also gets the baseline from boxes cut out. run_dir: the run whose
     settings and curves the report shows; found beside the models if not given. ranks: share the work;
-    all get the results, the first writes. Writes `out/metrics.json` (one result: its schema; several: a
-    list, each with "model"), `out/report.html`, and `out/items/` (see `items`).
+    all get the results, the first writes. Writes `out/metrics.json` (one result, or a
+    list of several), `out/report.html`, `out/report.md`, and `out/items/` (see `items`).
     """
     ranks = ranks or Ranks()
     if options is not None and options.join_captions and set(tasks) - {"retrieval", "rerank"}:

@@ -348,7 +348,7 @@ def test_one_model_and_one_task_give_exactly_the_schema(data, tmp_path):
     out = tmp_path / "out"
     results = evaluate({"m": ColourModel()}, data, "test", ["retrieval"], out, options=OPTIONS)
     written = json.loads((out / "metrics.json").read_text())
-    assert list(written) == ["schema", "task", "protocol", "metrics", "stderr", "chance"]
+    assert list(written) == ["model", "schema", "task", "protocol", "metrics", "stderr", "chance"]
     assert written["schema"] == 1 and written["task"] == "retrieval"
     assert written["metrics"] == results["m"]["retrieval"].metrics
     protocol = written["protocol"]
@@ -356,7 +356,7 @@ def test_one_model_and_one_task_give_exactly_the_schema(data, tmp_path):
     assert protocol["dtype"] == "float32" and protocol["prompt"] is None
     assert "torch" in protocol["versions"] and "mmgem" in protocol["versions"]
     assert (out / "report.html").stat().st_size > 5000
-    assert sorted(p.name for p in out.iterdir()) == ["items", "metrics.json", "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == ["items", "metrics.json", "report.html", "report.md"]
 
 
 def test_several_models_and_tasks_give_a_list_with_names(data, tmp_path):
@@ -391,7 +391,7 @@ def test_the_report_shows_the_right_pictures_past_a_broken_one(data, tmp_path):
 def test_evaluation_gives_the_same_files_twice(data, tmp_path):
     for name in ("x", "y"):
         evaluate({"m": ColourModel()}, data, "test", list(TASKS), tmp_path / name, options=OPTIONS)
-    for file in ("metrics.json", "report.html"):
+    for file in ("metrics.json", "report.html", "report.md"):
         assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes()
 
 

@@ -9,10 +9,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
-from mmgem.evaluation.metrics.scores import Floats, Ints, Scores, bootstrap_stderr
+from mmgem.evaluation.metrics.scores import Combine, Floats, Ints, Items, Scores, bootstrap_stderr
 from mmgem.evaluation.metrics.tokenizer import tokenize
 
 Tokens = Sequence[str]
@@ -66,6 +67,12 @@ def caption_scores(
     if samples:
         errors = bootstrap_stderr(sums_NS, _figures, groups=groups, samples=samples, seed=seed)
         scores.stderr = {n: float(e) for n, e in zip(names, errors, strict=True)}
+    counts_N10 = counts_NS.astype(np.float64)
+    scores.items = {name: Items(counts_N10, cast(Combine, name), groups) for name in names[:_N]}
+    scores.items |= {
+        "ROUGE_L": Items(rouge_N[:, None], "mean", groups),
+        "CIDEr": Items(cider_N[:, None], "mean", groups),
+    }
     return CaptionScores(scores, rouge_N, cider_N)
 
 

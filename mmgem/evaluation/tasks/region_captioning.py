@@ -13,7 +13,7 @@ import numpy as np
 
 from mmgem.data.scenes import HELD_OUT, attributes_of
 from mmgem.evaluation.metrics.captions import caption_scores
-from mmgem.evaluation.metrics.scores import Scores, mean_stderr
+from mmgem.evaluation.metrics.scores import Scores
 from mmgem.evaluation.result import BoxNote, Example, Kind, RegionExample, TaskResult
 from mmgem.evaluation.tasks.boxes import BoxTable, box_table
 from mmgem.evaluation.tasks.captioning import chance_scores
@@ -88,11 +88,9 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
 
 
 def _figures(share: _Share, groups: np.ndarray, options: TaskOptions) -> Scores:
-    values = np.array(share.right, dtype=np.float64)[:, None]
-    error = mean_stderr(values, groups=groups[share.boxes], samples=options.samples, seed=options.seed)
-    name = share.name
-    chance = float(np.mean(share.chances))
-    return Scores({name: float(values.mean())}, {name: float(error[0])}, {name: chance})
+    values = np.array(share.right, dtype=np.float64)
+    chance = {share.name: float(np.mean(share.chances))}
+    return Scores.of_means({share.name: values}, chance=chance, groups=groups[share.boxes], **options.bootstrap)
 
 
 def _exact(written: Sequence[str], table: BoxTable) -> _Share:
