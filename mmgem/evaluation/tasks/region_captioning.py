@@ -6,7 +6,7 @@ Refuses a split without regions, with a UserError.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from mmgem.evaluation.tasks.boxes import BoxTable, box_table
 from mmgem.evaluation.tasks.captioning import chance_scores
 from mmgem.evaluation.tasks.common import TaskOptions, draw, protocol, worst
 from mmgem.inference.encode import Encoded, Encoder, write_texts
-from mmgem.phrases import normalise_phrase
+from mmgem.phrases import head_noun, normalise_phrase
 
 NAME = "region-captioning"
 VERSION = 1
@@ -47,6 +47,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
 
     `region_BLEU@1..4`, `region_ROUGE_L`, `region_CIDEr` as in captioning, one item a box.
     `region_exact_phrase`: the written phrase is one of the references, after `normalise_phrase`.
+    `region_head_noun`: its head noun is that of a reference (`head_noun`, a rule for English).
     `region_colour_shape_accuracy`: colour and shape of the written phrase are those of a reference;
     only if at least 90 % of the boxes have a reference that names both, and over those; and the
     same under `region_colour_shape_accuracy_held_out` over the pairs that no training scene shows.
@@ -65,10 +66,11 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     scores = found.scores
     scores.chance = chance_scores(table.phrases, options.seed)
     scores = scores.prefixed("region_")
-    exact = _exact(written, table)
+    exact = _compared("region_exact_phrase", normalise_phrase, written, table)
+    head = _compared("region_head_noun", head_noun, written, table)
     coloured = _coloured(written, table)
     unseen = _held_out(coloured) if coloured else None
-    for share in (exact, coloured, unseen):
+    for share in (exact, head, coloured, unseen):
         if share is not None:
             scores.update(_figures(share, groups, options))
     stated = protocol(
@@ -93,14 +95,14 @@ def _figures(share: _Share, groups: np.ndarray, options: TaskOptions) -> Scores:
     return Scores.of_means({share.name: values}, chance=chance, groups=groups[share.boxes], **options.bootstrap)
 
 
-def _exact(written: Sequence[str], table: BoxTable) -> _Share:
-    allowed = [{normalise_phrase(p) for p in phrases} for phrases in table.phrases]
+def _compared(name: str, form: Callable[[str], str], written: Sequence[str], table: BoxTable) -> _Share:
+    """Whether the written phrase is one of the references, in this form of both."""
     return _share(
-        "region_exact_phrase",
+        name,
         list(range(len(written))),
-        [normalise_phrase(w) for w in written],
-        allowed,
-        [normalise_phrase(phrases[0]) for phrases in table.phrases],
+        [form(w) for w in written],
+        [{form(p) for p in phrases} for phrases in table.phrases],
+        [form(phrases[0]) for phrases in table.phrases],
     )
 
 
