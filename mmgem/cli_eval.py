@@ -68,6 +68,11 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--join-captions", action="store_true", help="retrieval: an image's captions, joined, are one long text"
     )
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="zero-shot: JSON of class names; or FILE:DATASET")
+    parser.add_argument("--templates", type=Path, metavar="FILE", help="zero-shot: JSON of templates with {c}")
+    parser.add_argument(
+        "--alpha", type=float, default=1.0, help="how much of log p(text | no image) is taken off (default 1)"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time; ranks share the batches")
     parser.add_argument(
         "--baseline",
@@ -90,6 +95,9 @@ def run_eval(args: Arguments) -> int:
         rerank=args.rerank,
         max_new_tokens=args.max_new_tokens,
         join_captions=args.join_captions,
+        classes=args.classes,
+        templates=args.templates,
+        alpha=args.alpha,
     )
     out = args.out or args.model / "report"
     baseline = [next(iter(models))] if args.baseline == "crop" else []

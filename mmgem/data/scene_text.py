@@ -115,7 +115,7 @@ def phrase_of(thing: SceneObject, rng: Random) -> str:
     details = rng.choices((("size", "material"), ("material",), ("size",), ()), (45, 30, 15, 10))[0]
     phrase = _noun(thing, *details)
     if rng.random() < 0.1:
-        return rng.choice((_a(phrase), "the " + phrase))
+        return rng.choice((with_article(phrase), "the " + phrase))
     return phrase
 
 
@@ -154,15 +154,15 @@ def relations(first: SceneObject, second: SceneObject, side: float) -> list[str]
 def _short(objects: Sequence[SceneObject], ground: str, rng: Random) -> str:
     opening = rng.choice(("", "", "there is ", "a picture of ", "here is "))
     if len(objects) == 1:
-        noun = _a(_noun(objects[0], *rng.choice((("material",), ("size", "material")))))
+        noun = with_article(_noun(objects[0], *rng.choice((("material",), ("size", "material")))))
         ending = rng.choice((_where(objects[0], rng), f"on {ground}"))
         return f"{opening}{noun} {ending}"
     first, second = rng.sample(list(objects), 2)
     detail = rng.choice(("size", "material", "place"))
-    one = _a(_noun(first, detail))
+    one = with_article(_noun(first, detail))
     if detail == "place":
         one = f"{one} {_where(first, rng)}"
-    other = _a(_noun(second, *rng.choice(((), (), ("material",)))))
+    other = with_article(_noun(second, *rng.choice(((), (), ("material",)))))
     ending = rng.choice(("", "", f", on {ground}"))
     return f"{opening}{one} {rng.choice(('and', 'with'))} {other}{ending}"
 
@@ -173,7 +173,7 @@ def _relation(objects: Sequence[SceneObject], side: float, ground: str, rng: Ran
     detail, other_detail = rng.choice(
         ((("material",), ()), ((), ("material",)), (("size",), ()), (("size",), ("material",)))
     )
-    one, other = _a(_noun(first, *detail)), _a(_noun(second, *other_detail))
+    one, other = with_article(_noun(first, *detail)), with_article(_noun(second, *other_detail))
     ending = rng.choice(("", f", on {ground}", f" on {ground}"))
     relation = rng.choice((plain, plain, special))
     return rng.choice(
@@ -186,7 +186,7 @@ def _relation(objects: Sequence[SceneObject], side: float, ground: str, rng: Ran
 
 
 def _alone(thing: SceneObject, ground: str, rng: Random) -> str:
-    noun = _a(_noun(thing, *rng.choice(((), ("material",), ("size",)))))
+    noun = with_article(_noun(thing, *rng.choice(((), ("material",), ("size",)))))
     return rng.choice(
         (
             f"only {noun} {_where(thing, rng)}, on {ground}",
@@ -200,7 +200,7 @@ def _count(objects: Sequence[SceneObject], ground: str, rng: Random) -> str:
     things = rng.choice(("objects", "things"))
     number = NUMBERS[len(objects)]
     if len(objects) == 1:
-        one = _a(_noun(objects[0], rng.choice(("size", "material"))))
+        one = with_article(_noun(objects[0], rng.choice(("size", "material"))))
         return rng.choice((f"one object on {ground}: {one}", f"just one thing on {ground}, {one}"))
     shared = [
         (kind, value)
@@ -233,7 +233,7 @@ def _by_shape(objects: Sequence[SceneObject], rng: Random) -> str:
             parts.append(f"{NUMBERS[len(alike)]} {PLURALS[shape]}")
         else:
             detail = rng.choice(("", "colour", "colour", "material"))
-            parts.append(_a(f"{getattr(alike[0], detail)} {shape}" if detail else shape))
+            parts.append(with_article(f"{getattr(alike[0], detail)} {shape}" if detail else shape))
     return _list(parts)
 
 
@@ -243,12 +243,12 @@ def _group(objects: Sequence[SceneObject], kind: str, value: str, ground: str, r
     rest = [thing for thing in objects if getattr(thing, kind) != value]
     rng.shuffle(inside)
     # The group's own colour or material is not said a second time.
-    names = [_a(thing.shape if kind == "colour" else _noun(thing)) for thing in inside]
+    names = [with_article(thing.shape if kind == "colour" else _noun(thing)) for thing in inside]
     members = rng.choice((_list(names), f"one is {names[0]}" if len(inside) < 3 else _list(names)))
     head = f"{NUMBERS[len(inside)]} {value} {rng.choice(('things', 'objects'))}"
     if not rest:
         return f"{head} on {ground}, {members}"
-    others = _list([_a(_noun(thing)) for thing in rest])
+    others = _list([with_article(_noun(thing)) for thing in rest])
     joint = rng.choice(("and", "with")) if len(rest) == 1 else "with"
     ending = rng.choice(("", f", on {ground}"))
     return f"{head}, {members}, {joint} {others}{ending}"
@@ -256,7 +256,7 @@ def _group(objects: Sequence[SceneObject], kind: str, value: str, ground: str, r
 
 def _places(objects: Sequence[SceneObject], ground: str, rng: Random) -> str:
     chosen = rng.sample(list(objects), min(len(objects), rng.choice((2, 2, 3))))
-    nouns = [_a(_noun(thing, *rng.choice(((), ("size",), ("material",))))) for thing in chosen]
+    nouns = [with_article(_noun(thing, *rng.choice(((), ("size",), ("material",))))) for thing in chosen]
     wheres = [_where(thing, rng) for thing in chosen]
     after = [f"{noun} {where}" for noun, where in zip(nouns, wheres, strict=True)]
     copula = [f"{noun} is {where}" for noun, where in zip(nouns, wheres, strict=True)]
@@ -268,7 +268,7 @@ def _places(objects: Sequence[SceneObject], ground: str, rng: Random) -> str:
 
 def _everything(objects: Sequence[SceneObject], ground: str, rng: Random) -> str:
     order = rng.sample(list(objects), len(objects))
-    full = [_a(_noun(thing, "size", "material")) for thing in order]
+    full = [with_article(_noun(thing, "size", "material")) for thing in order]
     wheres = [_where(thing, rng) for thing in order]
     after = _list([f"{noun} {where}" for noun, where in zip(full, wheres, strict=True)])
     before = _list([f"{where} {noun}" for noun, where in zip(full, wheres, strict=True)])
@@ -293,7 +293,8 @@ def _noun(thing: SceneObject, *details: str) -> str:
     return " ".join((*words, thing.colour, thing.shape))
 
 
-def _a(noun: str) -> str:
+def with_article(noun: str) -> str:
+    """ "ball" → "a ball"."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 

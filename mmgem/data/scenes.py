@@ -40,7 +40,7 @@ from mmgem.errors import UserError
 
 __all__ = [
     "COLOURS", "HELD_OUT", "MATERIALS", "PLACES", "SHAPES", "SIZES", "SPLITS", "TEXTURES", "TONES",
-    "Scene", "SceneObject", "attributes_of", "iter_scenes", "render_scene",
+    "Scene", "SceneObject", "attributes_of", "iter_scenes", "render_one", "render_scene",
 ]  # fmt: skip
 
 SPLITS = ("train", "val", "test")
@@ -103,6 +103,22 @@ def render_scene(seed: int, split: str, index: int, *, size: int = 112) -> Scene
     regions = tuple(Region(box=thing.box, phrase=phrase_of(thing, words)) for thing in objects)
     image = draw(plan.items, plan.texture, plan.tone, size=size, grain=plan.grain)
     return Scene(index, split, ground, objects, image, captions, regions)
+
+
+def render_one(seed: int, split: str, index: int, *, size: int = 112) -> tuple[Image.Image, str, str]:
+    """A picture of one object, its colour and shape: all pairs in turn in the test split, else those of training."""
+    if split not in SPLITS:
+        raise UserError(f"scenes have no split {split!r}: choose one of {', '.join(SPLITS)}")
+    rng = _random(seed, split, index, "one object")
+    pairs = sorted({*_SEEN, *_UNSEEN}) if split == "test" else _SEEN
+    colour, shape = pairs[index % len(pairs)]
+    extent, material, angle = rng.choices(SIZES, (35, 40, 25))[0], rng.choice(MATERIALS), rng.uniform(-0.3, 0.3)
+    look = Item(shape, colour, extent, material, 0, 0, 0, angle)
+    placed = None
+    while placed is None:
+        placed = _place(look, [], [], rng)
+    texture, tone, grain = rng.choice(tuple(TEXTURES)), rng.choice(TONES), f"{rng.getrandbits(64):016x}"
+    return draw((placed[0],), texture, tone, size=size, grain=grain), colour, shape
 
 
 def iter_scenes(seed: int, split: str, count: int, *, start: int = 0, size: int = 112) -> Iterator[Scene]:

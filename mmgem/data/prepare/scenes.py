@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from mmgem.data.prepare.reading import Record
+from mmgem.data.prepare.scene_classes import write_scene_classes
 from mmgem.data.prepare.writing import prepare
 from mmgem.data.scenes import render_scene
 from mmgem.errors import UserError
+
+MOST_CLASS_PICTURES = 300
 
 
 def prepare_scenes(
@@ -34,7 +37,8 @@ def prepare_scenes(
     shard_size: int = 1000,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Renders scenes with captions and boxes: the data set that comes with the program.
+    """Renders scenes with captions and boxes: the data set that comes with the program; and as many pictures of
+    one object as there are test scenes, up to 300, for zero-shot evaluation (`scene_classes`).
 
     out: the dataset to write. train, val, test: scenes of each split. seed: another seed, other
     scenes. size: side of the square pictures in pixels. processes: how many render (default: one a
@@ -44,7 +48,7 @@ def prepare_scenes(
     if min(counts.values()) < 0 or not any(counts.values()):
         raise UserError(f"scenes: {counts} cannot be rendered: give counts of 0 or more, not all 0")
     render_scene(seed, "train", 0, size=size)  # refuses a bad size here, not in a process
-    return prepare(
+    facts = prepare(
         partial(records, counts),
         out,
         plan={"format": "scenes", "seed": seed, "size": size},
@@ -54,6 +58,8 @@ def prepare_scenes(
         overwrite=overwrite,
         max_broken=0.0,
     )
+    write_scene_classes(out, min(test, MOST_CLASS_PICTURES), seed, size)
+    return facts
 
 
 def records(counts: Mapping[str, int]) -> Iterator[Record]:

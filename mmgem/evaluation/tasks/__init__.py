@@ -11,7 +11,15 @@ from pathlib import Path
 
 from mmgem.data.shards import ShardedDataset
 from mmgem.evaluation.result import TaskResult
-from mmgem.evaluation.tasks import captioning, region_captioning, region_retrieval, rerank, retrieval, similarity_map
+from mmgem.evaluation.tasks import (
+    captioning,
+    region_captioning,
+    region_retrieval,
+    rerank,
+    retrieval,
+    similarity_map,
+    zero_shot,
+)
 from mmgem.evaluation.tasks.common import TaskOptions
 from mmgem.inference.encode import Encoded, Encoder
 
@@ -58,5 +66,6 @@ TASKS: dict[str, Task] = {
         SplitTask(region_captioning.NAME, region_captioning.run, region_captioning.VERSION, regions=True),
         SplitTask(rerank.NAME, rerank.run, rerank.VERSION, texts=True, captions=True),
         SplitTask(similarity_map.NAME, similarity_map.run, similarity_map.VERSION, regions=True),
+        LayoutTask(zero_shot.NAME, zero_shot.run, zero_shot.VERSION, zero_shot.found),
     )
 }
