@@ -66,11 +66,13 @@ svg.chart text.y{text-anchor:end}svg.chart text.x{text-anchor:middle}
 svg.chart .grid,svg.chart .tick{stroke:var(--line);fill:none}
 svg.chart .stage0{fill:none}svg.chart rect.stage1{fill:var(--shade)}
 svg.chart text.stage{font-size:12px}
-svg.chart polyline{fill:none;stroke:var(--accent);stroke-linejoin:round}
+svg.chart polyline{fill:none;stroke-linejoin:round}
+svg.chart .raw,svg.chart .smooth{stroke:var(--accent)}
 svg .line0{stroke:var(--accent)}svg .line1{stroke:var(--wrong)}svg .line2{stroke:var(--right)}
 svg .line3{stroke:var(--violet)}svg .line4{stroke:var(--ochre)}svg .line5{stroke:var(--soft)}
 svg.chart polyline[class^=line]{stroke-width:2}svg path[class^=line]{fill:none;stroke-width:2.5}
 .charts figure{margin:0}.charts{align-items:start}.charts+.scroll{margin-top:14px}
+svg.forest text{paint-order:stroke;stroke:var(--card);stroke-width:4px}
 svg.forest .zero{stroke:var(--soft);stroke-dasharray:4 3}
 svg.forest path.better{stroke:var(--right)}svg.forest circle.better{fill:var(--right)}
 svg.forest path.worse{stroke:var(--wrong)}svg.forest circle.worse{fill:var(--wrong)}
@@ -118,7 +120,8 @@ details.more{margin:14px 0}details.more>summary{padding:6px 0}details.more[open]
 details{margin:10px 0}summary{cursor:pointer;color:var(--soft)}
 pre{overflow-x:auto;background:var(--shade);border-radius:8px;padding:12px 14px;font-size:.8rem}
 footer{margin-top:48px;color:var(--soft);font-size:.85rem}
-@media (max-width:620px){main{padding:18px 14px 48px}.row{grid-template-columns:repeat(3,1fr)}
+@media (max-width:620px){svg.chart text,svg.chart text.title{font-size:16px}
+main{padding:18px 14px 48px}.row{grid-template-columns:repeat(3,1fr)}
 dl.facts{grid-template-columns:1fr;gap:0}dl.facts dd{margin-bottom:7px}th,td{padding:5px 7px}
 td.name{white-space:normal;line-height:1.3}
 td small{display:block}thead th{white-space:normal}}

@@ -247,11 +247,11 @@ def table(found: Comparison) -> str:
         rows.append([one.task] + [""] * 7)
         for name, p in one.figures.items():
             digits = decimals(max(abs(p.a), abs(p.b)))
-            signed = [f"{value:+.{digits}f}" for value in (p.difference, p.low, p.high)]
+            parts = [signed(value, digits) for value in (p.difference, p.low, p.high)]
             of_both = [f"{p.a:.{digits}f}", f"{p.b:.{digits}f}"]
-            interval = f"{signed[1]} … {signed[2]}"
+            interval = f"{parts[1]} … {parts[2]}"
             error = f"{p.stderr:.{digits}f}"
-            rows.append([f"  {name}", *of_both, signed[0], error, interval, p_value(p), verdict(name, p)])
+            rows.append([f"  {name}", *of_both, parts[0], error, interval, p_value(p), verdict(name, p)])
     widths = [max(len(row[i]) for row in rows) for i in range(8)]
     lines = []
     for row in rows:
@@ -262,6 +262,12 @@ def table(found: Comparison) -> str:
         lines.append("  ".join([*cells, row[7]]).rstrip())
     lines += [f"{one.task}: {said}" for one in found.tasks for said in one.told]
     return "\n".join([*lines, *found.told])
+
+
+def signed(value: float, digits: int) -> str:
+    """With its sign, unless all that is shown is 0."""
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else text[1:]
 
 
 def p_value(paired: Paired) -> str:

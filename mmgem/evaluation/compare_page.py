@@ -9,7 +9,7 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from mmgem.evaluation.compare import Comparison, lower_is_better, p_value, verdict
+from mmgem.evaluation.compare import Comparison, lower_is_better, p_value, signed, verdict
 from mmgem.evaluation.figures import decimals
 from mmgem.evaluation.metrics.paired import Paired
 from mmgem.evaluation.result import write_text
@@ -99,9 +99,9 @@ def _row(name: str, paired: Paired) -> dict[str, str | Markup]:
         "name": Markup("_<wbr>").join(name.split("_")),
         "a": f"{paired.a:.{digits}f}",
         "b": f"{paired.b:.{digits}f}",
-        "difference": f"{paired.difference:+.{digits}f}",
+        "difference": signed(paired.difference, digits),
         "error": f"{paired.stderr:.{digits}f}",
-        "interval": f"{paired.low:+.{digits}f} … {paired.high:+.{digits}f}",
+        "interval": f"{signed(paired.low, digits)} … {signed(paired.high, digits)}",
         "p": p_value(paired),
         "css": {"better": "right", "worse": "wrong"}.get(verdict(name, paired), ""),
     }

@@ -73,8 +73,8 @@ SECTIONS = {
         f"Phrases drawn by lot, with the five best of all boxes of the split and what stands about them. {_BOXES}",
         "the worst ranks of",
     ),
-    "zero-shot": Section("Which class", f"Images drawn by lot. {_CHOICES}", "most sure and wrong,"),
-    "composition": Section("Which text is true", f"Images drawn by lot. {_CHOICES}", "most sure and wrong,"),
+    "zero-shot": Section("Which class", f"Images drawn by lot. {_CHOICES}", "the surest mistakes of"),
+    "composition": Section("Which text is true", f"Images drawn by lot. {_CHOICES}", "the surest mistakes of"),
     "similarity-map": Section(
         "Where a text is seen",
         "Texts drawn by lot, with the cosine of each place of the picture: bright is near. Ring: the nearest place. "
