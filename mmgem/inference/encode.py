@@ -21,18 +21,23 @@ from torch import Tensor
 from mmgem.data.samples import Box, Sample, SampleError, decode_image
 from mmgem.errors import UserError
 from mmgem.progress import Progress
-from mmgem.text import TextCodec
 
 MAX_BROKEN = 0.01
 """The share of samples that may be broken."""
 _CROP_BATCH = 64
 
 
+class Codec(Protocol):
+    """The part of TextCodec that is used here."""
+
+    def encode(self, texts: Sequence[str], /) -> tuple[list[list[int]], list[bool]]: ...
+
+
 class Encoder(Protocol):
     """The part of MMGem that encoding and evaluation use. Vectors come un-normalised."""
 
     @property
-    def codec(self) -> TextCodec: ...
+    def codec(self) -> Codec: ...
 
     def sees(self, image: Image.Image, box: Box) -> bool: ...
 
