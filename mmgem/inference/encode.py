@@ -27,7 +27,7 @@ from mmgem.data.samples import Box, Sample, SampleError, decode_image
 from mmgem.errors import UserError
 from mmgem.progress import Progress
 from mmgem.ranks import Ranks
-from mmgem.text import PrefixTree, TextCodec
+from mmgem.text import PrefixTree
 
 T = TypeVar("T")
 
@@ -36,11 +36,17 @@ MAX_BROKEN = 0.01
 _CROP_BATCH = 64
 
 
+class Codec(Protocol):
+    """The part of TextCodec that is used here."""
+
+    def encode(self, texts: Sequence[str], /) -> tuple[list[list[int]], list[bool]]: ...
+
+
 class Encoder(Protocol):
     """The part of MMGem that encoding and evaluation use. Vectors come un-normalised."""
 
     @property
-    def codec(self) -> TextCodec: ...
+    def codec(self) -> Codec: ...
 
     def sees(self, image: Image.Image, box: Box) -> bool: ...
 
@@ -58,6 +64,8 @@ class Encoder(Protocol):
     def log_likelihoods(
         self, vectors_NE: Tensor, texts: Sequence[str], vector_P: Tensor, text_P: Tensor, batch_size: int = ...
     ) -> tuple[Tensor, Tensor]: ...
+
+    def prefix_tree(self, texts: Sequence[str]) -> PrefixTree: ...
 
     def choose(self, vectors_NE: Tensor, texts: PrefixTree, num_beams: int = ...) -> tuple[Tensor, Tensor]: ...
 

@@ -328,6 +328,10 @@ class MMGem(nn.Module):
         special = (codec.bos_id, codec.tokenizer.pad_token_id, codec.emb_id, codec.cap_id)
         return [i for i in special if i is not None and i != codec.eos_id]
 
+    def prefix_tree(self, texts: Sequence[str]) -> PrefixTree:
+        """For `choose`."""
+        return PrefixTree(self.codec, texts)
+
     @torch.inference_mode()
     def choose(
         self, vectors_NE: Tensor, texts: PrefixTree, num_beams: int = 5, batch_size: int = 256

@@ -46,6 +46,9 @@ class Judge:
         found = [LOG_P[texts[t]][n] for t, n in zip(text_P.tolist(), column, strict=True)]
         return torch.tensor(found), torch.full((len(found),), 2)
 
+    def prefix_tree(self, texts):
+        return texts
+
     def choose(self, vectors_NE, texts, num_beams=5):
         first = torch.tensor([[1, 0, 2], [1, 2, 0]])
         rows = [first[int(v[1] == 1)] for v in vectors_NE]

@@ -123,6 +123,11 @@ def logit_scale_of(model: Encoder) -> float:
     return math.log(100) if found is None else float(torch.as_tensor(found).detach())
 
 
+def writes(model: Encoder) -> bool:
+    """Whether the model knows how likely a text is; an open_clip model does not."""
+    return getattr(model, "writes", True)
+
+
 def mean_vector(vectors_NE: Tensor) -> Tensor:
     """[1, E] what stands for "no image" where a text's own likelihood is asked for: the mean of the set's vectors."""
     return vectors_NE.mean(dim=0, keepdim=True)

@@ -20,7 +20,6 @@ from mmgem.evaluation.result import Example, Hit, Kind, SearchExample, TaskResul
 from mmgem.evaluation.tasks.common import TaskOptions, draw, logit_scale_of, mean_vector, protocol, worst
 from mmgem.evaluation.tasks.retrieval import text_to_image
 from mmgem.inference.encode import Encoded, Encoder, choose_texts, pair_likelihoods
-from mmgem.text import PrefixTree
 
 NAME = "rerank"
 VERSION = 1
@@ -181,7 +180,7 @@ def _closed_set(model: Encoder, encoded: Encoded, asked_Q: Tensor, to_text: Posi
     distinct = list(dict.fromkeys(encoded.caption_texts))
     number = {text: n for n, text in enumerate(distinct)}
     rows_QK = choose_texts(
-        model, encoded.image_vectors_NE[asked_Q], PrefixTree(model.codec, distinct), num_beams=_BEAMS, **options.work
+        model, encoded.image_vectors_NE[asked_Q], model.prefix_tree(distinct), num_beams=_BEAMS, **options.work
     )
     right = [torch.tensor([number[text] for text in encoded.captions[i]]) for i in asked_Q.tolist()]
     hits_QK = torch.stack([torch.isin(rows, own) for rows, own in zip(rows_QK, right, strict=True)])

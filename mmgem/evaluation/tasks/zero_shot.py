@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,16 @@ from mmgem.evaluation.layouts.classes import ClassSet, has_classes, read_classes
 from mmgem.evaluation.metrics.retrieval import TIE, unit_vectors
 from mmgem.evaluation.metrics.scores import Scores
 from mmgem.evaluation.result import ChoiceExample, Confusion, Example, Kind, TaskResult
-from mmgem.evaluation.tasks.common import TaskOptions, draw, dtype_of, logit_scale_of, mean_vector, versions, worst
+from mmgem.evaluation.tasks.common import (
+    TaskOptions,
+    draw,
+    dtype_of,
+    logit_scale_of,
+    mean_vector,
+    versions,
+    worst,
+    writes,
+)
 from mmgem.inference.encode import Encoder, embed_texts, in_pieces, pair_likelihoods, refuse_if_broken
 
 NAME = "zero-shot"
@@ -43,7 +53,8 @@ def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
     the templates, where "no picture" is the mean image vector of the set and a text's tokens count its end.
     `zero_shot_both_*`: by the sum of two logarithms of probabilities over the classes, log softmax(exp(logit_scale) *
     cosine) + log softmax(log p(text | picture) - alpha * log p(text | no picture)), the latter a mean over the
-    templates of sums over tokens. The last two on at most `queries` pictures, drawn by lot. `acc1`, `acc5` and
+    templates of sums over tokens. The last two on at most `queries` pictures, drawn by lot,
+    and not for a model that writes nothing (open_clip's). `acc1`, `acc5` and
     `mean_per_class_recall` as in CLIP_benchmark; a tie with a wrong class is a loss. `alpha_sweep`: acc1 for other
     alpha.
     """
@@ -54,21 +65,29 @@ def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
     cosine_NC = unit_vectors(vectors_NE) @ _class_vectors(model, said, options).T
     scale = logit_scale_of(model)
 
-    asked_Q = torch.tensor(draw(len(kept), options.queries, options.seed))
-    used = max(1, min(max(map(len, said)), _MOST_PAIRS // (len(asked_Q) * len(said))))
-    judged = _likelihoods(model, vectors_NE, asked_Q, [texts[:used] for texts in said], options)
-    scored = judged.scores(cosine_NC[asked_Q], options.alpha, scale)
-
     scores = _scores("vector", cosine_NC, label_N, torch.arange(len(kept)), options)
-    for way in ("generative", "both"):
-        scores.update(_scores(way, scored[way], label_N[asked_Q], asked_Q, options))
-    sweep = {
-        str(alpha): {
-            way: float(_right(score_QC, label_N[asked_Q], 1).double().mean())
-            for way, score_QC in judged.scores(cosine_NC[asked_Q], alpha, scale).items()
+    asked_Q = torch.tensor(draw(len(kept), options.queries, options.seed))
+    asked: dict[str, Any] = {}
+    ways = {"vector": cosine_NC[asked_Q]}
+    if writes(model):
+        used = max(1, min(max(map(len, said)), _MOST_PAIRS // (len(asked_Q) * len(said))))
+        judged = _likelihoods(model, vectors_NE, asked_Q, [texts[:used] for texts in said], options)
+        ways |= judged.scores(cosine_NC[asked_Q], options.alpha, scale)
+        for way in ("generative", "both"):
+            scores.update(_scores(way, ways[way], label_N[asked_Q], asked_Q, options))
+        asked = {
+            "images_asked_for_likelihoods": len(asked_Q),
+            "templates_for_likelihoods": used,
+            "alpha": options.alpha,
+            "alpha_sweep": {
+                str(alpha): {
+                    way: float(_right(score_QC, label_N[asked_Q], 1).double().mean())
+                    for way, score_QC in judged.scores(cosine_NC[asked_Q], alpha, scale).items()
+                }
+                for alpha in _SWEPT
+            },
+            "no_image": "the mean image vector of the set",
         }
-        for alpha in _SWEPT
-    }
     counts = Counter(label_N.tolist())
     stated = {
         "version": VERSION,
@@ -77,29 +96,26 @@ def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
         "layout": classes.layout,
         "images": len(kept),
         "skipped": len(skipped),
-        "images_asked_for_likelihoods": len(asked_Q),
         "classes": len(classes.names),
         "most_frequent_class": max(counts.values()) / len(kept),
         "templates": max(map(len, said)),
-        "templates_for_likelihoods": used,
-        "alpha": options.alpha,
-        "alpha_sweep": sweep,
-        "no_image": "the mean image vector of the set",
+        **asked,
         "logit_scale": scale,
         "dtype": dtype_of(model),
         "stderr": f"bootstrap, {options.samples} resamples of the images, seed {options.seed}",
         "chance": "a class by lot",
         "versions": versions(),
     }
-    better = max(scored, key=lambda way: scores.metrics[f"zero_shot_{way}_acc1"])
+    better = max(ways, key=lambda way: scores.metrics[f"zero_shot_{way}_acc1"])
+    shown = ways["both"] if "both" in ways else np.exp(scale) * ways["vector"]
     return TaskResult.of(
         NAME,
         stated,
         scores,
-        _examples(classes, scored["both"], label_N, asked_Q, options),
+        _examples(classes, shown, label_N, asked_Q, options),
         keys=[classes.pictures[n].key for n in kept],
         picture=lru_cache(maxsize=64)(lambda row: classes.pictures[kept[row]].read()),
-        confusion=_confusion(classes.names, scored[better], label_N[asked_Q]),
+        confusion=_confusion(classes.names, ways[better], label_N[asked_Q]),
     )
 
 
