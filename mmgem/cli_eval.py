@@ -44,12 +44,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "task",
         choices=(
-            "retrieval",
-            "captioning",
-            "region-retrieval",
-            "region-captioning",
-            "rerank",
-            "similarity-map",
+            "retrieval", "captioning", "region-retrieval", "region-captioning", "rerank", "similarity-map", "zero-shot",
             "all",
         ),  # fmt: skip
         help="all: those that the data allow",
