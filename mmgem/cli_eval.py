@@ -44,7 +44,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "task",
         choices=(
-            "retrieval", "captioning", "region-retrieval", "region-captioning", "rerank", "similarity-map", "zero-shot",
+            "retrieval",
+            "captioning",
+            "region-retrieval",
+            "region-captioning",
+            "rerank",
+            "similarity-map",
+            "zero-shot",
             "all",
         ),  # fmt: skip
         help="all: those that the data allow",

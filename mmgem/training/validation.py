@@ -98,7 +98,7 @@ class Validation(L.Callback):
     def measure(self, module: StageModule) -> dict[str, float]:
         """By name the figures of all tasks."""
         options = TaskOptions(
-            samples=_RESAMPLES, drawn=0, worst=0, queries=len(self.share), progress=False, ranks=self.ranks
+            samples=_RESAMPLES, drawn=0, worst=0, java=False, queries=len(self.share), progress=False, ranks=self.ranks
         )
         encoded = encode_for(self.tasks, module.model, self.share, options, _BATCH)
         figures: dict[str, float] = {}

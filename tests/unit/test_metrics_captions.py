@@ -1,13 +1,18 @@
-"""BLEU, ROUGE_L, CIDEr and the tokens, against coco-caption's own figures."""
+"""BLEU, ROUGE_L, CIDEr, METEOR and the tokens, against coco-caption's own figures."""
 
+import hashlib
+import importlib.util
 import json
+import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmgem.evaluation.metrics.captions import bleu_counts, caption_scores, cider, rouge_l, tokenize
+from mmgem.evaluation.metrics.captions import bleu_counts, caption_scores, cider, ciders, rouge_l, tokenize
+from mmgem.evaluation.metrics.java_scores import java_scores, why_absent
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "caption_scores.json").read_text(encoding="utf-8"))
 
@@ -24,6 +29,16 @@ def test_tokens_equal_those_of_the_java_tokenizer():
         assert tokenize(sentence) == tokens
 
 
+def test_tokens_of_odd_words_equal_those_of_the_java_tokenizer():
+    assert len(GOLDEN["odd"]) >= 500
+    assert {s: " ".join(tokenize(s)) for s in GOLDEN["odd"]} == GOLDEN["odd"]
+
+
+def test_tokens_of_texts_without_spaces_come_in_time():
+    for text in ("a-" * 5000, "a." * 5000, "'" * 5000, "x@" * 5000, "5," * 5000, "<" * 5000):
+        assert len(tokenize(text + "!")) <= len(text)
+
+
 def test_tokens_do_not_depend_on_case_or_on_spaces_before_punctuation():
     assert tokenize("A DOG runs , fast .") == tokenize("a dog runs, fast.")
     assert tokenize("") == tokenize(" . ") == tokenize('"..."') == []
@@ -36,6 +51,7 @@ def test_scores_equal_those_of_coco_caption():
         assert found.scores.metrics[name] == pytest.approx(value, abs=1e-9), name
     assert found.rouge_N == pytest.approx(GOLDEN["rouge"], abs=1e-9)
     assert found.cider_N == pytest.approx(GOLDEN["cider"], abs=1e-9)
+    assert found.cider_plain_N == pytest.approx(GOLDEN["cider_plain"], abs=1e-9)
 
 
 def test_bleu_counts_by_hand():
@@ -101,23 +117,99 @@ def test_items_of_one_group_are_drawn_together():
     assert grouped.stderr["ROUGE_L"] > 1.5 * alone.stderr["ROUGE_L"]
 
 
-def test_equals_pycocoevalcap_on_real_captions():
-    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed")
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
+def test_plain_cider_by_hand():
+    # Two items. Of the words of the candidate "a a b" only "b" is rare: it is in one of the two documents, "a" in
+    # both. So b weighs log 2, a nothing, and of the bigrams "a a" (in none) and "a b" (in one) weigh log 2 as well.
+    candidates = ["a a b".split(), ["a"]]
+    references = [["a b".split()], [["a"]]]
+    clipped, plain = ciders(candidates, references)
+    unigrams, bigrams = 1.0, 1 / math.sqrt(2)
+    assert plain[0] == pytest.approx(10 * (unigrams + bigrams) / 4)
+    assert clipped[0] == pytest.approx(plain[0] * math.exp(-1 / 72))  # one bigram longer, nothing to clip
+    repeated, _ = ciders(["a b b".split(), ["a"]], references)
+    assert ciders(["a b b".split(), ["a"]], references)[1][0] == pytest.approx(10 * (1.0 + 1 / math.sqrt(2)) / 4)
+    assert repeated[0] == pytest.approx(
+        10 * (0.5 + 1 / math.sqrt(2)) / 4 * math.exp(-1 / 72)
+    )  # 2 log 2 is cut to log 2
 
+
+def test_five_captions_an_image_and_duplicates_by_hand():
+    # A reference that stands twice counts twice in both CIDErs and changes neither BLEU nor ROUGE_L.
+    texts = ["a dog runs", "a dog sits", "the cat", "one bird", "grass"]
+    once = caption_scores(["a dog runs", "x"], [texts, ["y"]], samples=0)
+    twice = caption_scores(["a dog runs", "x"], [[*texts, texts[0]], ["y"]], samples=0)
+    assert once.scores.metrics["BLEU@4"] == twice.scores.metrics["BLEU@4"]
+    assert once.rouge_N.tolist() == twice.rouge_N.tolist() == [1.0, 0.0]
+    # The reference that is equal: a cosine of 1 for 1- to 3-grams. Of "a dog sits": 2 of 3 words, 1 of 2 bigrams.
+    shared = 2 / 3 + 1 / 2
+    assert once.cider_plain_N[0] == pytest.approx(10 * (3 + shared) / (4 * 5))
+    assert twice.cider_plain_N[0] == pytest.approx(10 * (3 + shared + 3) / (4 * 6))
+
+
+def test_absent_figures_say_why_and_are_not_zero(monkeypatch, tmp_path):
+    texts, references = ["a dog"], [["a dog"]]
+    for name in ("METEOR", "SPICE"):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        assert "pip install 'mmgem[eval]'" in (why_absent(name) or "")
+        monkeypatch.undo()
+    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = java_scores(texts, references)
+    assert found.scores.metrics == found.scores.stderr == found.per_item == {}
+    assert all("no `java` on the PATH" in found.absent[name] for name in ("METEOR", "SPICE"))
+    assert not any("\n" in reason for reason in found.absent.values())
+
+
+def test_a_java_that_fails_is_told_and_does_not_end_the_evaluation(monkeypatch, tmp_path):
+    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed")
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\nexit 1\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = java_scores(["a dog"], [["a dog"]], names=["METEOR"])
+    assert found.scores.metrics == {}
+    assert found.absent["METEOR"].startswith("METEOR failed: ")
+
+
+def test_java_scores_refuse_what_caption_scores_refuse():
+    with pytest.raises(ValueError, match="0 candidates"):
+        java_scores([], [])
+    with pytest.raises(ValueError, match="item 1 has no reference"):
+        java_scores(["a", "b"], [["a"], []])
+
+
+@pytest.mark.slow
+def test_meteor_equals_that_of_pycocoevalcap():
+    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed")
+    if shutil.which("java") is None:
+        pytest.skip("there is no Java")
+    candidates = [item["candidate"] for item in GOLDEN["items"]]
+    references = [item["references"] for item in GOLDEN["items"]]
+    found = java_scores(candidates, references, samples=50)
+    assert found.scores.metrics["METEOR"] == pytest.approx(GOLDEN["meteor"]["score"], abs=1e-9)
+    assert found.per_item["METEOR"] == pytest.approx(GOLDEN["meteor"]["items"], abs=1e-9)
+    assert 0 < found.scores.stderr["METEOR"] < 0.2
+    assert set(found.scores.metrics) | set(found.absent) == {"METEOR", "SPICE"}
+
+
+def checksum(lines):
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def test_tokens_and_scores_of_real_captions_equal_those_of_coco_caption():
     folder = Path(os.environ.get("MMGEM_TEST_DATA", "")) / "data" / "flickr8k"
     if not os.environ.get("MMGEM_TEST_DATA") or not folder.is_dir():
         pytest.skip("MMGEM_TEST_DATA names no folder with data/flickr8k")
+    golden = GOLDEN["flickr8k"]
     rows = [json.loads(line) for line in (folder / "captions.jsonl").open(encoding="utf-8")]
-    captions = [row["captions"] for row in rows if row["split"] == "val"][:400]
-    ours = caption_scores([c[0] for c in captions], [c[1:] for c in captions], samples=2)
-    res = {i: [" ".join(tokenize(c[0]))] for i, c in enumerate(captions)}
-    gts = {i: [" ".join(tokenize(r)) for r in c[1:]] for i, c in enumerate(captions)}
-    bleu, _ = Bleu(4).compute_score(gts, res, verbose=0)
-    theirs = {f"BLEU@{n + 1}": b for n, b in enumerate(bleu)}
-    theirs["ROUGE_L"] = Rouge().compute_score(gts, res)[0]
-    theirs["CIDEr"] = Cider().compute_score(gts, res)[0]
-    for name, value in theirs.items():
-        assert ours.scores.metrics[name] == pytest.approx(value, abs=1e-4), name
+    tokens = [" ".join(tokenize(caption)) for row in rows for caption in row["captions"]]
+    assert {"count": len(tokens), "tokens": checksum(tokens)} == golden["captions"]
+    with (folder / "regions.jsonl").open(encoding="utf-8") as lines:
+        phrases = sorted({json.loads(line)["phrase"] for line in lines})
+    tokens = [" ".join(tokenize(phrase)) for phrase in phrases]
+    assert {"count": len(tokens), "tokens": checksum(tokens)} == golden["phrases"]
+    val = [row for row in rows if row["split"] == golden["split"]]
+    assert (len(val), checksum(row["image"] for row in val)) == (golden["sets"], golden["images"])
+    assert len(val) >= 1000
+    found = caption_scores([r["captions"][0] for r in val], [r["captions"][1:] for r in val], samples=0).scores
+    assert found.metrics == pytest.approx(golden["scores"], abs=1e-6)

@@ -1,6 +1,7 @@
 """Figures as pure functions of tensors, arrays and strings. Imports nothing of ours."""
 
 from mmgem.evaluation.metrics.captions import caption_scores, tokenize
+from mmgem.evaluation.metrics.java_scores import java_scores
 from mmgem.evaluation.metrics.retrieval import Positives, best_ranks, positive_ranks, retrieval_scores, top_k
 from mmgem.evaluation.metrics.scores import Scores, bootstrap_stderr
 
@@ -10,6 +11,7 @@ __all__ = [
     "best_ranks",
     "bootstrap_stderr",
     "caption_scores",
+    "java_scores",
     "positive_ranks",
     "retrieval_scores",
     "tokenize",

@@ -1,8 +1,8 @@
-"""BLEU@1..4, ROUGE_L and CIDEr of written captions, as coco-caption computes them, without Java.
+"""BLEU@1..4, ROUGE_L, CIDEr and plain CIDEr of written captions, as coco-caption computes them, without Java.
 
 Receives one written text and at least one reference an item, as strings. Gives corpus figures with
 standard errors, and the figures of each item. Refuses empty sets and items without a reference.
-METEOR and SPICE need Java and are not here.
+METEOR and SPICE need Java and are in `java_scores`.
 """
 
 import math
@@ -28,11 +28,12 @@ _SMALL, _TINY = 1e-9, 1e-15
 
 @dataclass(slots=True)
 class CaptionScores:
-    """Corpus figures, and per item ROUGE_L and CIDEr ([N] each)."""
+    """Corpus figures, and per item ROUGE_L, CIDEr and CIDEr_plain ([N] each)."""
 
     scores: Scores
     rouge_N: Floats
     cider_N: Floats
+    cider_plain_N: Floats
 
 
 def caption_scores(
@@ -43,10 +44,13 @@ def caption_scores(
     samples: int = 1000,
     seed: int = 0,
 ) -> CaptionScores:
-    """`BLEU@1..4`, `ROUGE_L` and `CIDEr` of N candidates against their references.
+    """`BLEU@1..4`, `ROUGE_L`, `CIDEr` and `CIDEr_plain` of N candidates against their references.
 
-    BLEU and ROUGE_L lie between 0 and 1; CIDEr between 0 and 10, as coco-caption prints it, with
-    document frequencies from the references given here, so that it is 0 for a single item.
+    BLEU and ROUGE_L lie between 0 and 1; both CIDErs between 0 and 10, with document frequencies
+    from the references given here, so that they are 0 for a single item. `CIDEr` is what
+    coco-caption and pycocoevalcap print under this name, which is CIDEr-D (`CIDErD` of
+    vrama91/cider); `CIDEr_plain` is the CIDEr of the paper and of vrama91/cider, without clipping
+    and without the penalty on length.
     groups: [N] items of one image, drawn together in the bootstrap of `samples` resamples (0: no
     standard errors). The document frequencies are held fixed there.
     """
@@ -59,9 +63,10 @@ def caption_scores(
             raise ValueError(f"item {i} has no reference")
     counts_NS = np.array([bleu_counts(c, rs) for c, rs in zip(cands, refs, strict=True)])
     rouge_N = np.array([rouge_l(c, rs) for c, rs in zip(cands, refs, strict=True)])
-    cider_N = cider(cands, refs)
-    sums_NS = np.concatenate([counts_NS, rouge_N[:, None], cider_N[:, None], np.ones((len(cands), 1))], axis=1)
-    names = [f"BLEU@{n}" for n in range(1, _N + 1)] + ["ROUGE_L", "CIDEr"]
+    cider_N, cider_plain_N = ciders(cands, refs)
+    means_NS = np.stack([rouge_N, cider_N, cider_plain_N, np.ones(len(cands))], axis=1)
+    sums_NS = np.concatenate([counts_NS, means_NS], axis=1)
+    names = [f"BLEU@{n}" for n in range(1, _N + 1)] + ["ROUGE_L", "CIDEr", "CIDEr_plain"]
     values = _figures(sums_NS.sum(axis=0, keepdims=True))[0]
     scores = Scores({n: float(v) for n, v in zip(names, values, strict=True)})
     if samples:
@@ -72,13 +77,14 @@ def caption_scores(
     scores.items |= {
         "ROUGE_L": Items(rouge_N[:, None], "mean", groups),
         "CIDEr": Items(cider_N[:, None], "mean", groups),
+        "CIDEr_plain": Items(cider_plain_N[:, None], "mean", groups),
     }
-    return CaptionScores(scores, rouge_N, cider_N)
+    return CaptionScores(scores, rouge_N, cider_N, cider_plain_N)
 
 
 def _figures(sums_CS: Floats) -> Floats:
-    """Summed rows [C, 10 + 3] → BLEU@1..4, ROUGE_L, CIDEr [C, 6]."""
-    means = sums_CS[:, -3:-1] / sums_CS[:, -1:]
+    """Summed rows [C, 10 + 4] → BLEU@1..4, ROUGE_L, CIDEr, CIDEr_plain [C, 7]."""
+    means = sums_CS[:, 2 * _N + 2 : -1] / sums_CS[:, -1:]
     return np.concatenate([bleu(sums_CS[:, : 2 * _N + 2]), means], axis=1)
 
 
@@ -145,10 +151,17 @@ class _Weighted:
 
 
 def cider(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Floats:
-    """[N] CIDEr-D of each item, times 10 (Vedantam et al. 2015; coco-caption's `Cider`).
+    """[N] CIDEr-D of each item, the first of `ciders`."""
+    return ciders(candidates, references)[0]
 
-    Clipped tf-idf cosines of 1- to 4-grams, with a Gaussian penalty on the difference in length,
-    averaged over n and over the references. Lengths are counted in bigrams, as the original does.
+
+def ciders(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> tuple[Floats, Floats]:
+    """[N] CIDEr-D and [N] CIDEr of each item, times 10 (Vedantam et al. 2015, equations 1 to 4).
+
+    CIDEr: tf-idf cosines of 1- to 4-grams, averaged over n and over the references. CIDEr-D clips
+    a candidate's weights to the reference's and multiplies by a Gaussian of the difference in
+    length, sigma 6 (coco-caption's `Cider`). As in both originals words are not stemmed, and
+    CIDEr-D counts lengths in bigrams.
     """
     cooked = [[ngrams(r) for r in refs] for refs in references]
     frequency: Counter[Ngram] = Counter()
@@ -164,20 +177,23 @@ def cider(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) 
         norms = [math.sqrt(sum(w * w for w in ws.values())) for ws in weights]
         return _Weighted(weights, norms, sum(c for g, c in counts.items() if len(g) == 2))
 
-    out = np.zeros(len(candidates))
+    out_N2 = np.zeros((len(candidates), 2))
     for i, (candidate, refs) in enumerate(zip(candidates, cooked, strict=True)):
         written = weigh(ngrams(candidate))
-        total = sum(_cider_similarity(written, weigh(ref)) for ref in refs)
-        out[i] = 10.0 * total / (_N * len(refs))
-    return out
+        for ref in refs:
+            out_N2[i] += _cider_similarities(written, weigh(ref))
+        out_N2[i] *= 10.0 / (_N * len(refs))
+    return out_N2[:, 0], out_N2[:, 1]
 
 
-def _cider_similarity(written: _Weighted, reference: _Weighted) -> float:
-    """Sum over n of the clipped cosine, with the length penalty."""
-    total = 0.0
+def _cider_similarities(written: _Weighted, reference: _Weighted) -> tuple[float, float]:
+    """Sums over n: of the clipped cosine with the length penalty, and of the cosine."""
+    clipped, plain = 0.0, 0.0
     for n in range(_N):
         theirs = reference.weights[n]
-        value = sum(min(w, theirs[gram]) * theirs[gram] for gram, w in written.weights[n].items() if gram in theirs)
-        norm = written.norms[n] * reference.norms[n]
-        total += value / norm if norm else value
-    return total * math.exp(-((written.length - reference.length) ** 2) / (2 * _CIDER_SIGMA**2))
+        norm = written.norms[n] * reference.norms[n] or 1.0
+        for gram, w in written.weights[n].items():
+            if gram in theirs:
+                clipped += min(w, theirs[gram]) * theirs[gram] / norm
+                plain += w * theirs[gram] / norm
+    return clipped * math.exp(-((written.length - reference.length) ** 2) / (2 * _CIDER_SIGMA**2)), plain

@@ -1,13 +1,18 @@
 """Captions of whole images, compared with what people wrote.
 
-Receives an encoded split and the model that writes. Gives BLEU@1..4, ROUGE_L, CIDEr. Refuses a
+Receives an encoded split and the model that writes. Gives BLEU@1..4, ROUGE_L, CIDEr, and METEOR and SPICE where Java is
+found: where not, they are absent, and the protocol says why. Refuses a
 split without captions, with a UserError.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from mmgem.errors import UserError
 from mmgem.evaluation.metrics.captions import caption_scores
+from mmgem.evaluation.metrics.java_scores import NAMES as JAVA_NAMES
+from mmgem.evaluation.metrics.java_scores import java_scores
 from mmgem.evaluation.metrics.scores import Scores
 from mmgem.evaluation.result import CaptionExample, Example, Kind, TaskResult
 from mmgem.evaluation.tasks.common import TaskOptions, draw, protocol, worst
@@ -44,6 +49,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     found = caption_scores(written, references, samples=options.samples, seed=options.seed)
     scores = found.scores
     scores.chance = chance_scores(references, options.seed)
+    absent = add_java_scores(scores, written, references, options)
     domains = [encoded.meta[i].get("domain") for i in asked]
     for domain in sorted({d for d in domains if isinstance(d, str)}):
         own = [n for n, d in enumerate(domains) if d == domain]
@@ -57,6 +63,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         captions=sum(map(len, references)),
         captions_an_image=[min(map(len, references)), max(map(len, references))],
         **options.writing,
+        absent=absent,
         chance="the first caption of another image",
     )
     drawn = draw(len(asked), options.drawn, options.seed)
@@ -76,6 +83,21 @@ def _image_id(encoded: Encoded, image: int) -> int | str:
     meta = encoded.meta[image]
     found = next((meta[name] for name in ("image_id", "cocoid", "coco_id", "id") if name in meta), encoded.keys[image])
     return int(found) if str(found).isdecimal() else str(found)
+
+
+def add_java_scores(
+    scores: Scores,
+    written: Sequence[str],
+    references: Sequence[Sequence[str]],
+    options: TaskOptions,
+    groups: np.ndarray | None = None,
+) -> dict[str, str]:
+    """METEOR and SPICE, where this machine can compute them; gives why the others are absent."""
+    if not options.java:
+        return dict.fromkeys(JAVA_NAMES, "not asked for")
+    found = java_scores(written, references, groups=groups, **options.bootstrap)
+    scores.update(found.scores)
+    return found.absent
 
 
 def chance_scores(references: list[list[str]], seed: int) -> dict[str, float]:

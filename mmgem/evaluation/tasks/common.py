@@ -30,7 +30,8 @@ class TaskOptions:
     rerank). classes, templates: files of class names and of texts to put them into, instead of those that the data say
     (zero-shot). alpha: the weight of log p(text | no image) that is taken off log p(text | image) (zero-shot,
     composition, rerank). candidates: how many of the nearest are judged again (rerank). queries: at most so many, where
-    each is costly (rerank, similarity-map). samples: bootstrap resamples. drawn, worst: examples for the report.
+    each is costly (rerank, similarity-map). java: METEOR and SPICE as
+    well, where Java and pycocoevalcap are. samples: bootstrap resamples. drawn, worst: examples for the report.
     """
 
     split: str = "test"
@@ -47,6 +48,7 @@ class TaskOptions:
     alpha: float = 1.0
     candidates: int = 10
     queries: int = 1000
+    java: bool = True
     samples: int = 1000
     seed: int = 0
     drawn: int = 20

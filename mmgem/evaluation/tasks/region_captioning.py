@@ -16,7 +16,7 @@ from mmgem.evaluation.metrics.captions import caption_scores
 from mmgem.evaluation.metrics.scores import Scores
 from mmgem.evaluation.result import BoxNote, Example, Kind, RegionExample, TaskResult
 from mmgem.evaluation.tasks.boxes import BoxTable, box_table
-from mmgem.evaluation.tasks.captioning import chance_scores
+from mmgem.evaluation.tasks.captioning import add_java_scores, chance_scores
 from mmgem.evaluation.tasks.common import TaskOptions, draw, protocol, worst
 from mmgem.inference.encode import Encoded, Encoder, write_texts
 from mmgem.phrases import head_noun, normalise_phrase
@@ -65,6 +65,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     found = caption_scores(written, table.phrases, groups=groups, samples=options.samples, seed=options.seed)
     scores = found.scores
     scores.chance = chance_scores(table.phrases, options.seed)
+    absent = add_java_scores(scores, written, table.phrases, options, groups)
     scores = scores.prefixed("region_")
     exact = _compared("region_exact_phrase", normalise_phrase, written, table)
     head = _compared("region_head_noun", head_noun, written, table)
@@ -83,6 +84,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         boxes=len(table.boxes),
         boxes_with_colour_and_shape=len(coloured.boxes) if coloured else 0,
         **options.writing,
+        absent=absent,
         chance="the first phrase of another box",
     )
     examples = _examples(written, table, coloured, found.cider_N, options)
