@@ -89,6 +89,32 @@ class ColourModel:
         nearest = torch.cdist(vectors_NE, known).argmin(dim=1).tolist()
         return [f"a {names[i]} {self.noun}" for i in nearest]
 
+    def log_likelihoods(self, vectors_NE, texts, vector_P, text_P, batch_size: int = 256) -> tuple[Tensor, Tensor]:
+        """Minus the distance of the two colours, and a little for each word."""
+        words = torch.tensor([len(text.split()) for text in texts])
+        distance_P = (vectors_NE[vector_P] - self.text_vectors(texts)[text_P]).norm(dim=1)
+        return -distance_P - 0.1 * words[text_P], words[text_P] + 1
+
+    def prefix_tree(self, texts: Sequence[str]) -> Sequence[str]:
+        return texts
+
+    def choose(self, vectors_NE: Tensor, texts: Sequence[str], num_beams: int = 5) -> tuple[Tensor, Tensor]:
+        log_p_NT = -torch.cdist(vectors_NE, self.text_vectors(list(texts)))
+        best = log_p_NT.topk(min(num_beams, len(texts)), dim=1)
+        return best.indices, best.values
+
+    def place_vectors(self, images: Sequence[Image.Image]) -> Tensor:
+        """2 x 4 places, each with the mean colour of its part."""
+        rows = []
+        for image in images:
+            w, h = image.width // 4, image.height // 2
+            cuts = [image.crop((x * w, y * h, x * w + w, y * h + h)) for y in range(2) for x in range(4)]
+            rows.append(torch.stack([_mean(cut) for cut in cuts]).view(2, 4, -1))
+        return torch.stack(rows)
+
+    def window(self, image: Image.Image) -> Box:
+        return 0.0, 0.0, float(image.width), float(image.height)
+
 
 def _mean(image: Image.Image) -> Tensor:
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32).reshape(-1, 3).mean(axis=0)

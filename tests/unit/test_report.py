@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from eval_standin import ColourModel
 from PIL import Image
-from test_tasks import OPTIONS, SAMPLES, halves, make_sample, write_split
+from test_tasks import OPTIONS, SAMPLES, SPLIT_TASKS, halves, make_sample, write_split
 
 from mmgem.evaluation.charts import charts, read_log
 from mmgem.evaluation.report import About, number, render_report
 from mmgem.evaluation.result import CaptionExample, TaskResult, write_json
 from mmgem.evaluation.run import describe_config, evaluate, find_run
-from mmgem.evaluation.tasks import TASKS
 from mmgem.page import Mark, cutout, jpeg_uri, label, picture, ticks
 
 HOSTILE = '<script>alert("x")</script> & "quotes" </svg><img src=x onerror=alert(1)>'
@@ -95,7 +94,7 @@ def run(tmp_path):
         {"stage1": ColourModel("cube"), "stage2": ColourModel("ball")},
         data,
         "test",
-        list(TASKS),
+        SPLIT_TASKS,
         run / "report",
         options=OPTIONS,
         crop_baseline={"stage1"},
@@ -149,8 +148,9 @@ def test_the_table_shows_every_figure_with_its_error_chance_and_ratio(run, html)
 
 def test_right_and_wrong_are_marked_on_scenes(html):
     page = Page(html)
-    # Two boxes on each image, all of which are drawn, right only by the second model.
-    assert page.count("span", "wrong") == page.count("span", "right") == 22
+    # Two boxes on each image, all of which are drawn, right only by the second model; and by both models 20 maps whose
+    # peak lies in the box.
+    assert page.count("span", "wrong") == 22 and page.count("span", "right") == 22 + 2 * 20
     assert "✓ a red ball" in page.text and "✗ a red cube" in page.text
 
 

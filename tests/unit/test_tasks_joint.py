@@ -119,24 +119,9 @@ def test_captions_are_needed() -> None:
 # --- similarity maps -------------------------------------------------------------------------------------------------
 
 
-class Maps(ColourModel):
-    """Places of 2 x 4, each with the mean colour of its part."""
-
-    def place_vectors(self, images):
-        rows = []
-        for image in images:
-            w, h = image.width // 4, image.height // 2
-            cuts = [image.crop((x * w, y * h, x * w + w, y * h + h)) for y in range(2) for x in range(4)]
-            rows.append(self.image_vectors(cuts).view(2, 4, -1))
-        return torch.stack(rows)
-
-    def window(self, image):
-        return (0.0, 0.0, float(image.width), float(image.height))
-
-
 def pointed(tmp_path, *samples):
     data = write_split(tmp_path / "data", samples)
-    model = Maps()
+    model = ColourModel()
     return similarity_map.run(model, encode_dataset(model, ShardedDataset(data / "test"), progress=False), OPTIONS)
 
 

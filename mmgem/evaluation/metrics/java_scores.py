@@ -5,9 +5,15 @@ could be computed, with standard errors, and of each other one why it is absent:
 never 0. Refuses empty sets and items without a reference. Downloads nothing.
 """
 
+from __future__ import annotations
+
 import importlib.util
+import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +26,8 @@ from mmgem.evaluation.metrics.tokenizer import tokenize
 NAMES = ("METEOR", "SPICE")
 
 Texts = dict[int, list[str]]
+
+_PATIENCE, _PATIENCE_AN_ITEM = 300.0, 0.1  # seconds
 
 
 @dataclass(slots=True)
@@ -59,8 +67,8 @@ def java_scores(
         missing = why_absent(name)
         if missing is None:
             try:
-                value, items_N = _SCORERS[name](gts, res)
-            except (OSError, ValueError, KeyError, AssertionError, subprocess.SubprocessError) as error:
+                value, items_N = _scored(name, gts, res)
+            except (OSError, ValueError, KeyError) as error:
                 missing = f"{name} failed: {' '.join(str(error).split()) or type(error).__name__}"
             else:
                 out.scores.metrics[name], out.per_item[name] = value, items_N
@@ -91,18 +99,64 @@ def why_absent(name: str) -> str | None:
     return None
 
 
-def _meteor(gts: Texts, res: Texts) -> tuple[float, Floats]:
+def _scored(name: str, gts: Texts, res: Texts) -> tuple[float, Floats]:
+    """In a process of its own: pycocoevalcap's scorer waits for itself for ever when its Java has failed."""
+    seconds = _PATIENCE + _PATIENCE_AN_ITEM * len(res)
+    command = [sys.executable, "-m", __name__, name]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, said = process.communicate(json.dumps([list(gts.values()), list(res.values())]), timeout=seconds)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise ValueError(f"no result after {seconds:.0f} s") from None
+            raise
+    if process.returncode:
+        raise ValueError(said.strip().splitlines()[-1] if said.strip() else f"ended with {process.returncode}")
+    found = json.loads(out.splitlines()[-1])
+    return float(found["value"]), np.array(found["items"], dtype=np.float64)
+
+
+def _meteor(gts: Texts, res: Texts) -> tuple[float, list[float]]:
     from pycocoevalcap.meteor.meteor import Meteor
 
-    value, items = Meteor().compute_score(gts, res)
-    return float(value), np.array(items, dtype=np.float64)
+    scorer = Meteor()
+    _kept.append(scorer)
+    value, items = scorer.compute_score(gts, res)
+    return float(value), [float(item) for item in items]
 
 
-def _spice(gts: Texts, res: Texts) -> tuple[float, Floats]:
+def _spice(gts: Texts, res: Texts) -> tuple[float, list[float]]:
     from pycocoevalcap.spice.spice import Spice
 
     value, items = Spice().compute_score(gts, res)
-    return float(value), np.array([item["All"]["f"] for item in items], dtype=np.float64)
+    return float(value), [float(item["All"]["f"]) for item in items]
 
 
-_SCORERS: dict[str, Callable[[Texts, Texts], tuple[float, Floats]]] = {"METEOR": _meteor, "SPICE": _spice}
+_SCORERS: dict[str, Callable[[Texts, Texts], tuple[float, list[float]]]] = {"METEOR": _meteor, "SPICE": _spice}
+_kept: list[object] = []  # never deleted: that is what waits
+
+
+def _main(name: str) -> int:
+    """The process of its own: texts from its input, figures to its output."""
+    try:
+        gts, res = (dict(enumerate(texts)) for texts in json.load(sys.stdin))
+        value, items = _SCORERS[name](gts, res)
+    except Exception as error:  # whatever it is, the other process says it
+        print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr, flush=True)
+        return 1
+    print(json.dumps({"value": value, "items": items}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    code = _main(sys.argv[1])
+    sys.stdout.flush()
+    os._exit(code)

@@ -1,8 +1,7 @@
 """Captions of whole images, compared with what people wrote.
 
 Receives an encoded split and the model that writes. Gives BLEU@1..4, ROUGE_L, CIDEr, and METEOR and SPICE where Java is
-found: where not, they are absent, and the protocol says why. Refuses a
-split without captions, with a UserError.
+found: where not, they are absent, and the protocol says why. Refuses a split without captions, with a UserError.
 """
 
 from collections.abc import Sequence
