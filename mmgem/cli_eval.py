@@ -74,6 +74,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alpha", type=float, default=1.0, help="how much of log p(text | no image) is taken off (default 1)"
     )
+    parser.add_argument(
+        "--queries",
+        type=int,
+        default=500,
+        metavar="N",
+        help="rerank, similarity-map, zero-shot: at most so many queries where each is costly (default 500)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time; ranks share the batches")
     parser.add_argument(
         "--baseline",
@@ -99,6 +106,7 @@ def run_eval(args: Arguments) -> int:
         classes=args.classes,
         templates=args.templates,
         alpha=args.alpha,
+        queries=args.queries,
     )
     out = args.out or args.model / "report"
     baseline = [next(iter(models))] if args.baseline == "crop" else []

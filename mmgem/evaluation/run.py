@@ -62,6 +62,8 @@ def evaluate(
         raise UserError("--join-captions is for retrieval and rerank: name one of them")
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: at least 1")
+    if options is not None and options.queries < 1:
+        raise UserError(f"--queries {options.queries}: at least 1")
     chosen = _chosen(tasks)
     of_split = [task for task in chosen if isinstance(task, SplitTask)]
     if not models:

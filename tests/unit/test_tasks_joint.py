@@ -80,12 +80,12 @@ def test_recalls_by_vector_by_likelihood_and_by_both() -> None:
             "rerank_vector_image_retrieval_recall@1": 1 / 3,
             "rerank_likelihood_image_retrieval_recall@1": 1.0,
             "rerank_both_image_retrieval_recall@1": 1.0,
-            "closed_set_text_retrieval_recall@1": 1 / 2,
+            "closed_set_text_retrieval_recall@1": 0.0,  # of image 0, for which "y" is written first
         }
     )
     assert result.metrics["closed_set_text_retrieval_recall@5"] == 1.0
     assert result.chance["rerank_vector_image_retrieval_recall@1"] == pytest.approx(1 / 2)
-    assert result.chance["closed_set_text_retrieval_recall@1"] == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert result.chance["closed_set_text_retrieval_recall@1"] == pytest.approx(1 / 3)
     assert result.protocol["alpha"] == 1.0 and result.protocol["candidates"] == 3
     # Without the prior image 1's "z" is as likely as its "y": both are right. Image 0 has "x".
     assert result.protocol["alpha_sweep"]["0.0"]["likelihood"] == 1.0

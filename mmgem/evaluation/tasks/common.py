@@ -47,7 +47,7 @@ class TaskOptions:
     templates: Path | None = None
     alpha: float = 1.0
     candidates: int = 10
-    queries: int = 1000
+    queries: int = 500
     java: bool = True
     samples: int = 1000
     seed: int = 0
