@@ -23,7 +23,10 @@ from mmgem.evaluation.result import write_json
 
 SCHEMA = 1
 
-TOLD = ("versions", "dtype", "stderr", "texts_cut", "baseline")
+TOLD = (
+    "versions", "dtype", "stderr", "texts_cut", "texts_cut_share", "baseline", "absent", "alpha_sweep", "logit_scale",
+    "places",
+)  # fmt: skip
 """Protocol lines that may differ: of the machine, of the model itself, or of other figures of the same task."""
 
 _LOWER_IS_BETTER = ("median_rank", "mean_rank", "perplexity")

@@ -161,12 +161,13 @@ def _chosen(tasks: Sequence[str]) -> list[Task]:
 def tasks_for(data: Path, split: str) -> list[str]:
     """All tasks that the data allow; if they allow none, all: `evaluate` then says what they lack."""
     dataset = ShardedDataset(data / split) if (data / split / "index.json").is_file() else None
-    allowed = [
-        name
-        for name, task in TASKS.items()
-        if (task.found(data) if isinstance(task, LayoutTask) else dataset is not None and not task.lacks(dataset))
-    ]
-    return allowed or list(TASKS)
+
+    def allows(task: Task) -> bool:
+        if isinstance(task, LayoutTask):
+            return task.found(data, split)
+        return dataset is not None and not task.lacks(dataset)
+
+    return [name for name, task in TASKS.items() if allows(task)] or list(TASKS)
 
 
 def _open(data: Path, split: str, tasks: Sequence[SplitTask]) -> ShardedDataset:

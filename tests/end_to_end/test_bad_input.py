@@ -332,7 +332,7 @@ def test_eval_of_a_split_without_captions(tiny: Tiny, model: Path, tmp_path: Pat
     assert message.startswith(f"{data}: split train has no captions; captioning needs captions")
     assert main([str(a) for a in ("eval", "all", *options)]) == 0
     written = json.loads((out / "metrics.json").read_text())
-    assert [result["task"] for result in written] == ["region-retrieval", "region-captioning"]
+    assert [result["task"] for result in written] == ["region-retrieval", "region-captioning", "similarity-map"]
 
 
 def test_broken_pictures_are_skipped_counted_and_named(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:

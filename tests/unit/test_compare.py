@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from eval_standin import COLOURS, ColourModel
 from test_report import Page
-from test_tasks import OPTIONS, halves, make_sample, write_split
+from test_tasks import OPTIONS, SPLIT_TASKS, halves, make_sample, write_split
 
 from mmgem.cli import main
 from mmgem.errors import UserError
@@ -16,7 +16,6 @@ from mmgem.evaluation.compare import compare, read_side, table, verdict
 from mmgem.evaluation.compare_page import render_comparison
 from mmgem.evaluation.metrics.paired import Paired
 from mmgem.evaluation.run import evaluate
-from mmgem.evaluation.tasks import TASKS
 
 
 class Weaker(ColourModel):
@@ -46,8 +45,8 @@ def reports(data, tmp_path_factory):
     """A report of one model, one of two, and one of retrieval alone."""
     root = tmp_path_factory.mktemp("reports")
     of_both = {"weak": Weaker(), "strong": ColourModel()}
-    evaluate({"strong": ColourModel()}, data, "test", list(TASKS), root / "one", options=OPTIONS)
-    evaluate(of_both, data, "test", list(TASKS), root / "run" / "report", options=OPTIONS)
+    evaluate({"strong": ColourModel()}, data, "test", SPLIT_TASKS, root / "one", options=OPTIONS)
+    evaluate(of_both, data, "test", SPLIT_TASKS, root / "run" / "report", options=OPTIONS)
     evaluate({"weak": Weaker()}, data, "test", ["retrieval"], root / "retrieval", options=OPTIONS)
     return root
 
@@ -70,7 +69,7 @@ def test_every_figure_is_compared_and_the_difference_is_that_of_metrics_json(rep
     assert found.names == ("weak", "strong") and found.told == []
     weak, strong = ({r["task"]: r for r in json.loads((reports / "run/report/metrics.json").read_text())
                      if r["model"] == name} for name in found.names)  # fmt: skip
-    assert [one.task for one in found.tasks] == list(TASKS)
+    assert [one.task for one in found.tasks] == SPLIT_TASKS
     for one in found.tasks:
         assert one.told == [] and set(one.figures) == set(weak[one.task]["metrics"])
         for name, paired in one.figures.items():

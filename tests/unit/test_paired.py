@@ -83,7 +83,7 @@ def test_bleu_is_that_of_the_drawn_corpus():
     two = ["a red ball on a box", "green cubes and a cone", "the blue cone stands alone"] * 3
     a, b = (caption_scores(written, references, samples=0).scores for written in (one, two))
     found = paired_bootstrap(a.items, b.items, samples=120)
-    assert list(found) == ["BLEU@1", "BLEU@2", "BLEU@3", "BLEU@4", "ROUGE_L", "CIDEr"]
+    assert list(found) == ["BLEU@1", "BLEU@2", "BLEU@3", "BLEU@4", "ROUGE_L", "CIDEr", "CIDEr_plain"]
     counts = [
         np.array([bleu_counts(tokenize(w), [tokenize(r) for r in rs]) for w, rs in zip(x, references, strict=True)])
         for x in (one, two)

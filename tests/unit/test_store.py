@@ -74,14 +74,14 @@ def remote_split(url: str, cache: Path, gb: float = 1.0, remote: Remote = QUICK)
 
 
 def taken(cache: Path) -> int:
-    """What the finished files of a cache have, in bytes."""
-    sizes = []
-    for path in cache.iterdir():
-        try:
-            sizes.append(path.stat().st_size if len(path.name) == 64 else 0)
-        except FileNotFoundError:
-            continue
-    return sum(sizes)
+    """What the finished files of a cache have, in bytes; 0 where files came or went meanwhile: it would be the sum of
+    files that were never there together."""
+    before = {path.name for path in cache.iterdir()}
+    try:
+        total = sum((cache / name).stat().st_size for name in before if len(name) == 64)
+    except FileNotFoundError:
+        return 0
+    return total if before == {path.name for path in cache.iterdir()} else 0
 
 
 def tars_asked(web: WebServer) -> dict[str, int]:

@@ -93,7 +93,8 @@ def test_the_webdataset_of_clip_benchmark(tmp_path: Path) -> None:
     assert found.names == ["blue", "red"] and found.labels == [1, 0] and found.layout == "webdataset"
     assert found.texts() == [["a blue ball", "the blue"], ["a red ball", "the red"]]
     assert found.pictures[0].read().getpixel((0, 0)) == (255, 0, 0)
-    assert has_classes(tmp_path / "data") and has_classes(root) and "zero-shot" in tasks_for(tmp_path / "data", "test")
+    assert has_classes(tmp_path / "data", "test") and has_classes(root, "test") and not has_classes(root, "val")
+    assert "zero-shot" in tasks_for(tmp_path / "data", "test")
     out = tmp_path / "out"
     results = evaluate({"m": Judge()}, tmp_path / "data", "test", ["zero-shot"], out, options=OPTIONS)
     assert results["m"]["zero-shot"].metrics["zero_shot_vector_acc1"] == 1.0

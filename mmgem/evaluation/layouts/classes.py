@@ -49,11 +49,11 @@ class ClassSet:
         return [[template.replace("{c}", name) for template in self.templates] for name in self.names]
 
 
-def has_classes(data: Path) -> bool:
-    """Whether a folder is, or has, such data. Class folders only where there is no dataset of ours beside them."""
+def has_classes(data: Path, split: str) -> bool:
+    """Whether a folder is, or has, such data of the split. Class folders: only without a dataset of ours."""
     root = _root(data)
     if any(root.glob(f"*/{SHARDS}")):
-        return True
+        return (root / split / SHARDS).is_file()
     if not root.is_dir() or any(root.glob("*/index.json")) or (root / "index.json").exists():
         return False
     folders = [folder for folder in root.iterdir() if folder.is_dir()]

@@ -51,8 +51,8 @@ class LayoutTask:
     name: str
     run: Callable[[Encoder, Path, TaskOptions], TaskResult]
     version: int
-    found: Callable[[Path], bool]
-    """Whether a data folder is, or has, such a layout. `run` says what is missing."""
+    found: Callable[[Path, str], bool]
+    """Whether a data folder is, or has, such a layout with the split. `run` says what is missing."""
 
 
 Task = SplitTask | LayoutTask
