@@ -24,10 +24,13 @@ from mmgem.evaluation.result import write_json
 SCHEMA = 1
 
 TOLD = (
-    "versions", "dtype", "stderr", "texts_cut", "texts_cut_share", "baseline", "absent", "alpha_sweep", "logit_scale",
+    "versions", "dtype", "stderr", "texts_cut", "texts_cut_share", "baseline", "absent", "logit_scale",
     "places",
 )  # fmt: skip
 """Protocol lines that may differ: of the machine, of the model itself, or of other figures of the same task."""
+
+FIGURES = ("alpha_sweep",)
+"""Protocol lines that say what came out."""
 
 _LOWER_IS_BETTER = ("median_rank", "mean_rank", "perplexity")
 
@@ -197,7 +200,7 @@ def _protocols(task: str, a: Side, b: Side, may_differ: Collection[str]) -> Iter
     """What differs and may. Raises UserError for what may not."""
     one, two = a.results[task]["protocol"], b.results[task]["protocol"]
     for name in dict.fromkeys([*one, *two]):
-        if one.get(name) == two.get(name):
+        if one.get(name) == two.get(name) or name in FIGURES:
             continue
         if name not in may_differ:
             raise UserError(
