@@ -51,13 +51,18 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
             "rerank",
             "similarity-map",
             "zero-shot",
+            "composition",
             "all",
         ),  # fmt: skip
         help="all: those that the data allow",
     )
     add_model(parser)
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="a dataset made by `mmgem data prepare`"
+        "--data",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a dataset made by `mmgem data prepare`; zero-shot, composition: or a folder in others' layouts",
     )
     parser.add_argument("--split", default="test")
     parser.add_argument(
@@ -71,6 +76,14 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--classes", type=Path, metavar="FILE", help="zero-shot: JSON of class names; or FILE:DATASET")
     parser.add_argument("--templates", type=Path, metavar="FILE", help="zero-shot: JSON of templates with {c}")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="composition: where the pictures lie that the files name; may be given again",
+    )
     parser.add_argument(
         "--alpha", type=float, default=1.0, help="how much of log p(text | no image) is taken off (default 1)"
     )
@@ -105,6 +118,7 @@ def run_eval(args: Arguments) -> int:
         join_captions=args.join_captions,
         classes=args.classes,
         templates=args.templates,
+        images=tuple(args.images),
         alpha=args.alpha,
         queries=args.queries,
     )

@@ -39,8 +39,9 @@ from mmgem.data.scene_text import (
 from mmgem.errors import UserError
 
 __all__ = [
-    "COLOURS", "HELD_OUT", "MATERIALS", "PLACES", "SHAPES", "SIZES", "SPLITS", "TEXTURES", "TONES",
-    "Scene", "SceneObject", "attributes_of", "iter_scenes", "render_one", "render_scene",
+    "COLOURS", "HELD_OUT", "MATERIALS", "PLACES", "REFERENCE", "SEEN", "SHAPES", "SIZES", "SPLITS", "TEXTURES", "TONES",
+    "Plan", "Scene", "SceneObject", "attributes_of", "fit", "iter_scenes", "placed_item", "render_one", "render_scene",
+    "stream",
 ]  # fmt: skip
 
 SPLITS = ("train", "val", "test")
@@ -50,11 +51,11 @@ HELD_OUT = frozenset((COLOURS[i], SHAPES[(3 * i + 4) % 10]) for i in range(10))
 HELD_OUT_SHARE = 1 / 3  # of the test scenes; each of these has one such object
 SMALLEST_PICTURE, LARGEST_PICTURE = 48, 2048
 
-_SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
-_UNSEEN = tuple(sorted(HELD_OUT))
+SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
+UNSEEN = tuple(sorted(HELD_OUT))
 # The longer side, as a share of the picture's, from and to: far apart, so that a size can be seen.
 _EXTENTS = {"small": (0.18, 0.21), "medium": (0.27, 0.31), "large": (0.39, 0.44)}
-_REFERENCE = 112  # the size at which places and overlaps are judged, whatever the picture's size
+REFERENCE = 112  # the size at which places and overlaps are judged, whatever the picture's size
 _PLACE_MARGIN = 0.03  # a centre's least distance from the border of its third of the picture
 _CENTRES_APART = RELATION_MARGIN + 0.03
 _MOST_HIDDEN = 0.2  # at the reference size, so that it stays under 0.25 at any
@@ -96,10 +97,10 @@ def render_scene(seed: int, split: str, index: int, *, size: int = 112) -> Scene
         raise UserError(f"scene size {size} px: choose one from {SMALLEST_PICTURE} to {LARGEST_PICTURE}")
     plan = _plan(seed, split, index)
     ground = ground_name(plan.texture, plan.tone)
-    words = _random(seed, split, index, "words")
-    told = plan.things(_REFERENCE)
-    captions = captions_of(told, _REFERENCE, ground, words)
-    objects = told if size == _REFERENCE else plan.things(size)
+    words = stream(seed, split, index, "words")
+    told = plan.things(REFERENCE)
+    captions = captions_of(told, REFERENCE, ground, words)
+    objects = told if size == REFERENCE else plan.things(size)
     regions = tuple(Region(box=thing.box, phrase=phrase_of(thing, words)) for thing in objects)
     image = draw(plan.items, plan.texture, plan.tone, size=size, grain=plan.grain)
     return Scene(index, split, ground, objects, image, captions, regions)
@@ -109,14 +110,14 @@ def render_one(seed: int, split: str, index: int, *, size: int = 112) -> tuple[I
     """A picture of one object, its colour and shape: all pairs in turn in the test split, else those of training."""
     if split not in SPLITS:
         raise UserError(f"scenes have no split {split!r}: choose one of {', '.join(SPLITS)}")
-    rng = _random(seed, split, index, "one object")
-    pairs = sorted({*_SEEN, *_UNSEEN}) if split == "test" else _SEEN
+    rng = stream(seed, split, index, "one object")
+    pairs = sorted({*SEEN, *UNSEEN}) if split == "test" else SEEN
     colour, shape = pairs[index % len(pairs)]
     extent, material, angle = rng.choices(SIZES, (35, 40, 25))[0], rng.choice(MATERIALS), rng.uniform(-0.3, 0.3)
     look = Item(shape, colour, extent, material, 0, 0, 0, angle)
     placed = None
     while placed is None:
-        placed = _place(look, [], [], rng)
+        placed = placed_item(look, [], [], rng)
     texture, tone, grain = rng.choice(tuple(TEXTURES)), rng.choice(TONES), f"{rng.getrandbits(64):016x}"
     return draw((placed[0],), texture, tone, size=size, grain=grain), colour, shape
 
@@ -131,7 +132,7 @@ def iter_scenes(seed: int, split: str, count: int, *, start: int = 0, size: int 
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """What the picture will show: `items` from back to front; `grain` seeds the ground's noise."""
 
     texture: str
@@ -163,13 +164,13 @@ def _halved(mask: Image.Image) -> tuple[float, float, float, float]:
     return x1 / 2, y1 / 2, x2 / 2, y2 / 2
 
 
-def _random(seed: int, split: str, index: int, purpose: str) -> Random:
+def stream(seed: int, split: str, index: int, purpose: str) -> Random:
     """One stream a scene and purpose; the version in the name changes when the pictures do."""
     return Random(f"mmgem-scenes-1/{seed}/{split}/{index}/{purpose}")
 
 
-def _plan(seed: int, split: str, index: int) -> _Plan:
-    rng = _random(seed, split, index, "plan")
+def _plan(seed: int, split: str, index: int) -> Plan:
+    rng = stream(seed, split, index, "plan")
     texture, tone = rng.choice(tuple(TEXTURES)), rng.choice(TONES)
     count = rng.choices((1, 2, 3, 4), (10, 30, 35, 25))[0]
     looks = [
@@ -182,11 +183,11 @@ def _plan(seed: int, split: str, index: int) -> _Plan:
     masks: list[Image.Image] = []
     for colour, shape, size, material in looks:
         angle = rng.uniform(-0.3, 0.3)
-        placed = _place(Item(shape, colour, size, material, 0, 0, 0, angle), items, masks, rng)
+        placed = placed_item(Item(shape, colour, size, material, 0, 0, 0, angle), items, masks, rng)
         if placed is not None:
             items.append(placed[0])
             masks.append(placed[1])
-    return _Plan(texture, tone, tuple(items), f"{rng.getrandbits(64):016x}")
+    return Plan(texture, tone, tuple(items), f"{rng.getrandbits(64):016x}")
 
 
 def _draw_pairs(rng: Random, count: int, split: str) -> list[tuple[str, str]]:
@@ -194,9 +195,9 @@ def _draw_pairs(rng: Random, count: int, split: str) -> list[tuple[str, str]]:
     that there is something to count and to tell apart."""
     pairs: list[tuple[str, str]] = []
     if split == "test" and rng.random() < HELD_OUT_SHARE:
-        pairs.append(rng.choice(_UNSEEN))
+        pairs.append(rng.choice(UNSEEN))
     while len(pairs) < count:
-        free = [pair for pair in _SEEN if pair not in pairs]
+        free = [pair for pair in SEEN if pair not in pairs]
         if pairs and rng.random() < 0.35:
             kind = rng.randrange(2)
             model = rng.choice(pairs)
@@ -205,7 +206,7 @@ def _draw_pairs(rng: Random, count: int, split: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _place(
+def placed_item(
     look: Item, items: Sequence[Item], masks: Sequence[Image.Image], rng: Random
 ) -> tuple[Item, Image.Image] | None:
     """`look` somewhere in front of `items`, smaller where it fits nowhere; None: not even small."""
@@ -217,8 +218,8 @@ def _place(
             extent = rng.uniform(*_EXTENTS[size])
             x, y = (_coordinate(third, extent, rng) for third in (column, row))
             item = Item(look.shape, look.colour, size, look.material, x, y, extent, look.angle)
-            mask = mask_of(item, 2 * _REFERENCE)
-            if _fits([*items, item], [*masks, mask]):
+            mask = mask_of(item, 2 * REFERENCE)
+            if fit([*items, item], [*masks, mask]):
                 return item, mask
     return None
 
@@ -229,15 +230,15 @@ def _coordinate(third: int, extent: float, rng: Random) -> float:
     return rng.uniform(low, high)
 
 
-def _fits(items: Sequence[Item], masks: Sequence[Image.Image]) -> bool:
+def fit(items: Sequence[Item], masks: Sequence[Image.Image]) -> bool:
     """Whether nobody is hidden too much, and every visible box is where its item's place says, with
-    a margin, and apart from the others' by enough for a relation."""
+    a margin, and apart from the others' by enough for a relation. masks: of the items, 2 `REFERENCE` wide."""
     centres: list[tuple[float, float]] = []
     for item, whole, part in zip(items, masks, visible(masks), strict=True):
         if part.histogram()[255] < (1 - _MOST_HIDDEN) * whole.histogram()[255]:
             return False
         x1, y1, x2, y2 = _halved(part)
-        x, y = (x1 + x2) / 2 / _REFERENCE, (y1 + y2) / 2 / _REFERENCE
+        x, y = (x1 + x2) / 2 / REFERENCE, (y1 + y2) / 2 / REFERENCE
         for centre, third in zip((x, y), _cell(item), strict=True):
             if not third / 3 + _PLACE_MARGIN <= centre <= (third + 1) / 3 - _PLACE_MARGIN:
                 return False

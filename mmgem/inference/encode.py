@@ -84,6 +84,12 @@ class Encoder(Protocol):
     ) -> list[str]: ...
 
 
+class Readable(Protocol):
+    """A picture that is read when it is asked for; raises SampleError."""
+
+    def read(self) -> Image.Image: ...
+
+
 class Dataset(Protocol):
     """The part of ShardedDataset that is used here."""
 
@@ -362,6 +368,38 @@ def _reader(dataset: Dataset, positions: list[int]) -> Callable[[int], Image.Ima
         return decode_image(dataset.sample(positions[row]))
 
     return picture
+
+
+def embed_pictures(
+    model: Encoder,
+    pictures: Sequence[Readable],
+    *,
+    progress: bool = True,
+    title: str = "pictures",
+    ranks: Ranks | None = None,
+    batch_size: int = 64,
+    max_broken: float = MAX_BROKEN,
+) -> tuple[Tensor, list[int], list[str]]:
+    """[N, E] un-normalised vectors of the N readable pictures, which these are, and a line for each that was skipped.
+    Raises UserError."""
+
+    def work(numbers: range) -> tuple[list[Tensor], list[int], list[str]]:
+        images, kept, skipped = [], [], []
+        for number in numbers:
+            try:
+                images.append(pictures[number].read())
+                kept.append(number)
+            except SampleError as e:
+                skipped.append(str(e))
+        return [_plain(model.image_vectors(images, batch_size=batch_size))] if images else [], kept, skipped
+
+    pieces = in_pieces(range(len(pictures)), work, title, progress, ranks, size=batch_size, unit="images")
+    skipped = [line for _, _, own in pieces for line in own]
+    kept = [number for _, own, _ in pieces for number in own]
+    refuse_if_broken(skipped, len(pictures), max_broken)
+    if not kept:
+        raise UserError(f"{title}: no readable picture among {len(pictures)}, the first: {skipped[0]}")
+    return torch.cat([vectors for own, _, _ in pieces for vectors in own]), kept, skipped
 
 
 def embed_texts(

@@ -84,7 +84,7 @@ def test_same_in_another_process_and_order() -> None:
 
 def test_golden_words() -> None:
     """Text only: another version of Pillow may draw an edge otherwise. The figure is what this test
-    computes; who changes it changes the data set, and so the version in `scenes._random`."""
+    computes; who changes it changes the data set, and so the version in `scenes.stream`."""
     words = [
         [scene.captions, [region.phrase for region in scene.regions], scene.meta]
         for split in scenes.SPLITS

@@ -18,11 +18,13 @@ from typing import Any
 
 from mmgem.data.prepare.reading import Record
 from mmgem.data.prepare.scene_classes import write_scene_classes
+from mmgem.data.prepare.scene_composition import write_scene_composition
 from mmgem.data.prepare.writing import prepare
 from mmgem.data.scenes import render_scene
 from mmgem.errors import UserError
 
 MOST_CLASS_PICTURES = 300
+MOST_PAIRS = 50
 
 
 def prepare_scenes(
@@ -38,7 +40,8 @@ def prepare_scenes(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Renders scenes with captions and boxes: the data set that comes with the program; and as many pictures of
-    one object as there are test scenes, up to 300, for zero-shot evaluation (`scene_classes`).
+    one object as there are test scenes, up to 300, for zero-shot evaluation (`scene_classes`); and up to 50 pairs of a
+    kind, a fourth of the test scenes, for composition (`scene_composition`).
 
     out: the dataset to write. train, val, test: scenes of each split. seed: another seed, other
     scenes. size: side of the square pictures in pixels. processes: how many render (default: one a
@@ -59,6 +62,7 @@ def prepare_scenes(
         max_broken=0.0,
     )
     write_scene_classes(out, min(test, MOST_CLASS_PICTURES), seed, size)
+    write_scene_composition(out, min(-(-test // 4), MOST_PAIRS), seed, size)
     return facts
 
 

@@ -13,6 +13,7 @@ from mmgem.data.shards import ShardedDataset
 from mmgem.evaluation.result import TaskResult
 from mmgem.evaluation.tasks import (
     captioning,
+    composition,
     region_captioning,
     region_retrieval,
     rerank,
@@ -67,5 +68,6 @@ TASKS: dict[str, Task] = {
         SplitTask(rerank.NAME, rerank.run, rerank.VERSION, texts=True, captions=True),
         SplitTask(similarity_map.NAME, similarity_map.run, similarity_map.VERSION, regions=True),
         LayoutTask(zero_shot.NAME, zero_shot.run, zero_shot.VERSION, zero_shot.found),
+        LayoutTask(composition.NAME, composition.run, composition.VERSION, composition.found),
     )
 }

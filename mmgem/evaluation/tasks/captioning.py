@@ -56,9 +56,10 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         scores.update(Scores.of_means(values, **options.bootstrap))
     stated = protocol(
         model,
-        encoded,
         options,
         VERSION,
+        images=len(encoded.keys),
+        skipped=len(encoded.skipped),
         captions=sum(map(len, references)),
         captions_an_image=[min(map(len, references)), max(map(len, references))],
         **options.writing,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import mmgem
-from mmgem.inference.encode import Encoded, Encoder
+from mmgem.inference.encode import Encoder
 from mmgem.ranks import Ranks
 
 
@@ -30,8 +30,9 @@ class TaskOptions:
     rerank). classes, templates: files of class names and of texts to put them into, instead of those that the data say
     (zero-shot). alpha: the weight of log p(text | no image) that is taken off log p(text | image) (zero-shot,
     composition, rerank). candidates: how many of the nearest are judged again (rerank). queries: at most so many, where
-    each is costly (rerank, similarity-map). java: METEOR and SPICE as
-    well, where Java and pycocoevalcap are. samples: bootstrap resamples. drawn, worst: examples for the report.
+    each is costly (rerank, similarity-map, zero-shot). images: folders with the pictures that the data name
+    (composition). java: METEOR and SPICE as well, where Java and pycocoevalcap are. samples: bootstrap resamples.
+    drawn, worst: examples for the report.
     """
 
     split: str = "test"
@@ -48,6 +49,7 @@ class TaskOptions:
     alpha: float = 1.0
     candidates: int = 10
     queries: int = 500
+    images: tuple[Path, ...] = ()
     java: bool = True
     samples: int = 1000
     seed: int = 0
@@ -78,10 +80,11 @@ class TaskOptions:
 
 def protocol(
     model: Encoder,
-    encoded: Encoded,
     options: TaskOptions,
     task_version: int,
     *,
+    images: int,
+    skipped: int,
     units: str = "the images",
     **more: Any,
 ) -> dict[str, Any]:
@@ -90,8 +93,8 @@ def protocol(
         "version": task_version,
         "data": options.data,
         "split": options.split,
-        "images": len(encoded.keys),
-        "skipped": len(encoded.skipped),
+        "images": images,
+        "skipped": skipped,
         "prompt": None,
         "dtype": dtype_of(model),
         "stderr": f"bootstrap, {options.samples} resamples of {units}, seed {options.seed}",

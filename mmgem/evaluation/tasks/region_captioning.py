@@ -76,9 +76,10 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
             scores.update(_figures(share, groups, options))
     stated = protocol(
         model,
-        encoded,
         options,
         VERSION,
+        images=len(encoded.keys),
+        skipped=len(encoded.skipped),
         regions=len(encoded.region_boxes),
         regions_unseen=encoded.regions_unseen,
         boxes=len(table.boxes),

@@ -62,9 +62,10 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     scores.update(inside)
     stated = protocol(
         model,
-        encoded,
         options,
         VERSION,
+        images=len(encoded.keys),
+        skipped=len(encoded.skipped),
         in_image_pairs=pairs,
         regions=len(encoded.region_boxes),
         regions_unseen=encoded.regions_unseen,

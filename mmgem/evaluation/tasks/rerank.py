@@ -93,9 +93,10 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     scores.update(_closed_set(model, encoded, asked_Q[::2], options))
     stated = protocol(
         model,
-        encoded,
         options,
         VERSION,
+        images=len(encoded.keys),
+        skipped=len(encoded.skipped),
         captions=len(texts),
         candidates=found.rows_QK.shape[1],
         queries=[len(asked_Q), len(written_Q)],

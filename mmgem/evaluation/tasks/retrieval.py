@@ -60,9 +60,10 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     per_image = torch.bincount(encoded.text_image, minlength=len(images))
     stated = protocol(
         model,
-        encoded,
         options,
         VERSION,
+        images=len(encoded.keys),
+        skipped=len(encoded.skipped),
         captions=len(texts),
         captions_an_image=[int(per_image.min()), int(per_image.max())],
         captions_of_several_images=_shared(encoded),

@@ -78,9 +78,10 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     grid = model.place_vectors([encoded.picture(images[0])]).shape[1:3]
     stated = protocol(
         model,
-        encoded,
         options,
         VERSION,
+        images=len(encoded.keys),
+        skipped=len(encoded.skipped),
         images_asked=len(images),
         phrases=len(found),
         places=list(grid),

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmgem.data.samples import SampleError
 from mmgem.evaluation.layouts.classes import ClassSet, has_classes, read_classes
 from mmgem.evaluation.metrics.retrieval import TIE, unit_vectors
 from mmgem.evaluation.metrics.scores import Scores
@@ -25,20 +24,18 @@ from mmgem.evaluation.result import ChoiceExample, Confusion, Example, Kind, Tas
 from mmgem.evaluation.tasks.common import (
     TaskOptions,
     draw,
-    dtype_of,
     logit_scale_of,
     mean_vector,
-    versions,
+    protocol,
     worst,
     writes,
 )
-from mmgem.inference.encode import Encoder, embed_texts, in_pieces, pair_likelihoods, refuse_if_broken
+from mmgem.inference.encode import Encoder, embed_pictures, embed_texts, pair_likelihoods
 
 NAME = "zero-shot"
 VERSION = 1
 
 _SWEPT = (0.0, 0.25, 0.5, 0.75, 1.0)
-_BATCH = 64
 _MOST_PAIRS = 2_000_000
 """Of picture and text, whose likelihoods are asked for: with more, fewer templates are used there, at least one."""
 
@@ -59,7 +56,7 @@ def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
     alpha.
     """
     classes = read_classes(data, options.split, _given(options.classes), _given(options.templates))
-    vectors_NE, kept, skipped = _vectors(model, classes, options)
+    vectors_NE, kept, skipped = embed_pictures(model, classes.pictures, **options.work)
     label_N = torch.tensor([classes.labels[n] for n in kept])
     said = classes.texts()
     cosine_NC = unit_vectors(vectors_NE) @ _class_vectors(model, said, options).T
@@ -89,23 +86,20 @@ def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
             "no_image": "the mean image vector of the set",
         }
     counts = Counter(label_N.tolist())
-    stated = {
-        "version": VERSION,
-        "data": options.data,
-        "split": options.split,
-        "layout": classes.layout,
-        "images": len(kept),
-        "skipped": len(skipped),
-        "classes": len(classes.names),
-        "most_frequent_class": max(counts.values()) / len(kept),
-        "templates": max(map(len, said)),
+    stated = protocol(
+        model,
+        options,
+        VERSION,
+        images=len(kept),
+        skipped=len(skipped),
+        layout=classes.layout,
+        classes=len(classes.names),
+        most_frequent_class=max(counts.values()) / len(kept),
+        templates=max(map(len, said)),
         **asked,
-        "logit_scale": scale,
-        "dtype": dtype_of(model),
-        "stderr": f"bootstrap, {options.samples} resamples of the images, seed {options.seed}",
-        "chance": "a class by lot",
-        "versions": versions(),
-    }
+        logit_scale=scale,
+        chance="a class by lot",
+    )
     better = max(ways, key=lambda way: scores.metrics[f"zero_shot_{way}_acc1"])
     shown = ways["both"] if "both" in ways else np.exp(scale) * ways["vector"]
     return TaskResult.of(
@@ -121,29 +115,6 @@ def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
 
 def _given(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-def _vectors(model: Encoder, classes: ClassSet, options: TaskOptions) -> tuple[Tensor, list[int], list[str]]:
-    """[N, E] of the readable pictures, which these are, and what was skipped."""
-
-    def work(numbers: range) -> tuple[Tensor, list[int], list[str]]:
-        images, kept, skipped = [], [], []
-        for number in numbers:
-            try:
-                images.append(classes.pictures[number].read())
-                kept.append(number)
-            except SampleError as e:
-                skipped.append(str(e))
-        return model.image_vectors(images, batch_size=_BATCH), kept, skipped
-
-    every = range(len(classes.pictures))
-    pieces = in_pieces(every, work, "pictures", **options.work, size=_BATCH, unit="images")
-    skipped = [line for _, _, own in pieces for line in own]
-    refuse_if_broken(skipped, len(every))
-    kept = [number for _, own, _ in pieces for number in own]
-    if not kept:
-        refuse_if_broken([*skipped, *skipped], 0)
-    return torch.cat([vectors for vectors, _, _ in pieces]), kept, skipped
 
 
 def _class_vectors(model: Encoder, said: list[list[str]], options: TaskOptions) -> Tensor:

@@ -1,0 +1,339 @@
+"""Composition: the six layouts as their authors write them, and scores worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_standin import COLOURS, ColourModel, colour_vector
+from PIL import Image
+from test_tasks import OPTIONS
+
+from mmgem.cli import main
+from mmgem.data.prepare.scenes import prepare_scenes
+from mmgem.data.scene_pairs import KINDS, render_pair
+from mmgem.errors import UserError
+from mmgem.evaluation.layouts.composition import has_composition, read_composition
+from mmgem.evaluation.result import ChoiceExample
+from mmgem.evaluation.run import evaluate, tasks_for
+from mmgem.evaluation.tasks import composition
+from mmgem.evaluation.tasks.common import TaskOptions
+
+
+class Reader(ColourModel):
+    """Knows word order: it likes a text whose first colour is the picture's. "pale" texts it likes anyway."""
+
+    def log_likelihoods(self, vectors_NE, texts, vector_P, text_P, batch_size=256):
+        firsts = [next((w for w in text.split() if w in COLOURS), "") for text in texts]
+        liked = []
+        for v, t in zip(vector_P.tolist(), text_P.tolist(), strict=True):
+            seen = bool(firsts[t]) and bool((vectors_NE[v] - colour_vector(firsts[t])).norm() < 0.2)  # of a JPEG
+            liked.append(2.0 * seen + 3.0 * ("pale" in texts[t]) - 10)
+        return torch.tensor(liked), torch.tensor([len(texts[t].split()) + 1 for t in text_P.tolist()])
+
+
+class Mute(ColourModel):
+    """Writes nothing, as open_clip's models."""
+
+    writes = False
+
+
+def colour(path: Path, name: str, size: tuple[int, int] = (8, 8)) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, COLOURS[name]).save(path)
+    return path.name
+
+
+def write(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def winoground(root: Path) -> Path:
+    """Two items: one that its vectors tell apart, and one with the same words in another order."""
+    names = [
+        colour(root / "images" / f"ex_{n}_img_{k}.png", c)[:-4] for n in (0, 1) for k, c in ((0, "red"), (1, "blue"))
+    ]
+    said = (("a red one", "a blue one"), ("red then blue", "blue then red"))
+    lines = [
+        {
+            "id": n,
+            "image_0": names[2 * n],
+            "image_1": names[2 * n + 1],
+            "caption_0": said[n][0],
+            "caption_1": said[n][1],
+            "tag": "x",
+            "secondary_tag": "",
+            "num_main_preds": 1,
+            "collapsed_tag": ("Object", "Relation")[n],
+        }
+        for n in (0, 1)
+    ]
+    (root / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+def sugarcrepe(root: Path) -> Path:
+    """In COCO's folder for the pictures, beside the files'."""
+    colour(root / "val2017" / "000000000001.jpg", "red")
+    item = {"filename": "000000000001.jpg", "caption": "a red ball", "negative_caption": "a blue ball"}
+    write(root / "data" / "replace_att.json", {"0": item})
+    write(
+        root / "data" / "swap_att.json", {"0": item | {"caption": "red and blue", "negative_caption": "blue and red"}}
+    )
+    return root
+
+
+def aro(root: Path) -> Path:
+    """The part cut out is blue on the right half of the picture. A relation with one item, one with two."""
+    path = root / "images" / "1.jpg"
+    colour(path, "red", (16, 8))
+    whole = Image.open(path)
+    whole.paste(COLOURS["blue"], (8, 0, 16, 8))
+    whole.save(root / "images" / "1.png")
+    part = {"image_path": "1.png", "bbox_x": 8, "bbox_y": 0, "bbox_w": 8, "bbox_h": 8}
+    right = part | {"true_caption": "the blue is on", "false_caption": "the red is on", "relation_name": "on"}
+    wrong = part | {"true_caption": "the red is by", "false_caption": "the blue is by", "relation_name": "by"}
+    write(root / "visual_genome_relation.json", [right, wrong, wrong])
+    pairs = [part | {"true_caption": "blue", "false_caption": "red", "attributes": [n, "z"]} for n in "a" * 25 + "b"]
+    write(root / "visual_genome_attribution.json", pairs)
+    options = ["a red cat", "cat a red", "red cat a", "a cat red", "red a cat"]
+    write(root / "flickr30k_order.json", [{"image": "1.jpg", "caption_options": options}])
+    return root
+
+
+def crepe(root: Path) -> Path:
+    colour(root / "VG_100K" / "7.jpg", "green", (20, 20))
+    columns = {"image_id": 7, "x": 2, "y": 2, "width": 10, "height": 99, "caption": "a green tree"}
+    for file, more in (
+        ("prod_vg_hard_negs_swap_complexity_4.csv", {"hard_negs": repr(["a red tree", "a blue tree's top"])}),
+        (
+            "syst_vg_hard_negs_seen_compounds_in_cc12m.csv",
+            {"valid_hard_negs_atom": repr(["a red tree"]), "valid_hard_negs_comp": repr([])},
+        ),
+    ):
+        (root / "crepe").mkdir(exist_ok=True)
+        with (root / "crepe" / file).open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, [*columns, *more])
+            writer.writeheader()
+            writer.writerow(columns | more)
+    return root
+
+
+def spec(root: Path) -> Path:
+    for name in ("red", "blue", "white"):
+        colour(root / "count" / "images" / f"{name}.jpg", name)
+    keys = ["a blue ball", "a red ball", "a white ball"]
+    write(root / "count" / "image2text.json", [{"query": "images/red.jpg", "keys": keys, "label": 1}])
+    images = [f"images/{name}.jpg" for name in ("red", "blue", "white")]
+    write(root / "count" / "text2image.json", [{"query": "a white ball", "keys": images, "label": 2}])
+    return root
+
+
+def valse(root: Path) -> Path:
+    """One that the annotators doubted."""
+    colour(root / "images" / "s_1.jpg", "red")
+    item = {"dataset": "SWiG", "image_file": "s_1.jpg", "caption": "a red one", "foil": "a blue one"}
+    content = {"a_0": item | {"mturk": {"foil": 0, "caption": 3, "other": 0}}}
+    write(root / "actant-swap.json", content | {"a_1": item | {"mturk": {"foil": 2, "caption": 1, "other": 0}}})
+    return root
+
+
+LAYOUTS: dict[str, Callable[[Path], Path]] = {
+    "winoground": winoground,
+    "sugarcrepe": sugarcrepe,
+    "aro": aro,
+    "crepe": crepe,
+    "spec": spec,
+    "valse": valse,
+}
+
+
+def made(root: Path, *names: str) -> Path:
+    for name in names or LAYOUTS:
+        (root / name).mkdir(parents=True)
+        LAYOUTS[name](root / name)
+    return root
+
+
+def figures(data: Path, model: ColourModel | None = None, options: TaskOptions = OPTIONS) -> dict[str, float]:
+    return composition.run(model or Reader(), data, options).metrics
+
+
+def test_winoground_by_hand(tmp_path: Path) -> None:
+    data = made(tmp_path, "winoground")
+    result = composition.run(Reader(), data, OPTIONS)
+    got = result.metrics
+    # By vector the second item's texts are equal, a tie; the reader knows what comes first.
+    for score in ("text", "image", "group"):
+        assert (got[f"winoground_vector_{score}"], got[f"winoground_generative_{score}"]) == (0.5, 1.0), score
+        assert got[f"winoground_both_{score}"] == 1.0
+        assert (got[f"winoground_vector_{score}_object"], got[f"winoground_vector_{score}_relation"]) == (1.0, 0.0)
+    # The blind take one text for both pictures, and so never have both right; of pictures they know nothing.
+    assert got["winoground_blind_vector_text"] == got["winoground_blind_generative_text"] == 0.0
+    assert "winoground_blind_vector_image" not in got
+    chance = {score: result.chance[f"winoground_vector_{score}"] for score in ("text", "image", "group")}
+    assert chance == {"text": 0.25, "image": 0.25, "group": pytest.approx(1 / 6)}
+    assert result.protocol["benchmarks"] == {"winoground": {"items": 2, "left_out": 0}}
+    assert result.protocol["images"] == 4 and result.protocol["split"] == ""
+
+
+def test_the_scores_are_those_of_winogrounds_authors() -> None:
+    """Against their definitions, written out, on 200 items with ties among them; and chance by trial."""
+    score_NIT = torch.randint(0, 4, (200, 2, 2), generator=torch.Generator().manual_seed(0)).float()
+    pairs = torch.tensor([[[0, 0], [1, 1]]]).expand(200, -1, -1)
+    text = composition._beats(score_NIT, pairs[..., 0], pairs[..., 1])
+    image = composition._beats(score_NIT.transpose(1, 2), pairs[..., 1], pairs[..., 0])
+    for n, ((i0t0, i0t1), (i1t0, i1t1)) in enumerate(score_NIT.tolist()):
+        assert bool(text[n]) == (i0t0 > i0t1 and i1t1 > i1t0)
+        assert bool(image[n]) == (i0t0 > i1t0 and i1t1 > i0t1)
+    lots = torch.rand(100_000, 2, 2, generator=torch.Generator().manual_seed(1))
+    pairs = pairs[:1].expand(100_000, -1, -1)
+    both = composition._beats(lots, pairs[..., 0], pairs[..., 1]).logical_and(
+        composition._beats(lots.transpose(1, 2), pairs[..., 1], pairs[..., 0])
+    )
+    assert float(both.double().mean()) == pytest.approx(1 / 6, abs=0.005)
+
+
+def test_every_layout_in_one_folder(tmp_path: Path) -> None:
+    data = made(tmp_path)
+    result = composition.run(Reader(), data, OPTIONS)
+    got = result.metrics
+    assert list(result.protocol["benchmarks"]) == sorted(LAYOUTS)
+    assert {name: counts["items"] for name, counts in result.protocol["benchmarks"].items()} == {
+        "aro": 30,
+        "crepe": 2,
+        "spec": 2,
+        "sugarcrepe": 2,
+        "valse": 1,
+        "winoground": 2,
+    }
+    assert (got["sugarcrepe_vector_text_replace_att"], got["sugarcrepe_vector_text_swap_att"]) == (1.0, 0.0)
+    assert got["sugarcrepe_generative_text_swap_att"] == 1.0 and got["sugarcrepe_vector_text"] == 0.5
+    # The right half alone is blue; the whole picture is neither.
+    assert got["aro_vector_text_vg_relation"] == pytest.approx(1 / 3)
+    assert got["aro_vector_text_macro_vg_relation"] == pytest.approx(1 / 2)
+    assert got["aro_vector_text_macro_vg_attribution"] == pytest.approx(1)
+    assert got["aro_vector_text_flickr30k_order"] == 0.0
+    assert result.chance["aro_vector_text_flickr30k_order"] == pytest.approx(1 / 5)
+    assert (
+        got["crepe_vector_text_prod_swap_complexity_4"]
+        == got["crepe_vector_text_syst_seen_compounds_in_cc12m_atom"]
+        == 1
+    )
+    assert result.chance["crepe_vector_text_prod_swap_complexity_4"] == pytest.approx(1 / 3)
+    assert (got["spec_vector_text"], got["spec_vector_image"]) == (1.0, 1.0) and "spec_vector_group" not in got
+    assert got["valse_vector_text"] == 1.0
+    assert "1.png (8, 0, 16, 8)" in result.keys
+    shown = [e for e in result.examples if isinstance(e, ChoiceExample)]
+    assert {e.question.split(":")[0] for e in shown} == set(LAYOUTS)
+
+
+def test_the_prior_is_taken_off_and_the_blind_show_it(tmp_path: Path) -> None:
+    """A negative that is likelier anyway fools who does not take that off, and the blind."""
+    items = {}
+    for one, other in (("red", "blue"), ("blue", "red")):
+        colour(tmp_path / "images" / f"{one}.png", one)
+        negative = f"a pale {other} ball"
+        items[one] = {"filename": f"{one}.png", "caption": f"a {one} ball", "negative_caption": negative}
+    write(tmp_path / "add_att.json", items)
+    got = figures(tmp_path)
+    assert got["sugarcrepe_generative_text"] == 1.0 and got["sugarcrepe_blind_generative_text"] == 0.0
+    assert figures(tmp_path, options=replace(OPTIONS, alpha=0.0))["sugarcrepe_generative_text"] == 0.0
+    sweep = composition.run(Reader(), tmp_path, OPTIONS).protocol["alpha_sweep"]
+    assert {alpha: ways["sugarcrepe_generative_text"] for alpha, ways in sweep.items()} == {
+        "0.0": 0.0, "0.25": 0.0, "0.5": 1.0, "0.75": 1.0, "1.0": 1.0
+    }  # fmt: skip
+
+
+def test_a_model_that_writes_nothing_is_judged_by_vector(tmp_path: Path) -> None:
+    result = composition.run(Mute(), made(tmp_path, "winoground", "spec"), OPTIONS)
+    assert {name.split("_")[1] for name in result.metrics} == {"vector", "blind"}
+    assert "alpha" not in result.protocol
+
+
+def test_pictures_that_lie_elsewhere_and_those_that_are_missing(tmp_path: Path) -> None:
+    data = made(tmp_path / "data", "sugarcrepe")
+    (data / "sugarcrepe/val2017").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"picture 000000000001.jpg: in none of .*data/sugarcrepe.*--images DIR"):
+        read_composition(data)
+    assert len(read_composition(data, [tmp_path / "elsewhere"])["sugarcrepe"]) == 2
+    with pytest.raises(UserError, match=r"nosuch: no such folder \(--images\)"):
+        read_composition(data, [tmp_path / "nosuch"])
+
+
+def test_broken_pictures_are_counted_with_their_items(tmp_path: Path) -> None:
+    data = made(tmp_path, "winoground")
+    (data / "winoground/images/ex_1_img_1.png").write_bytes(b"no picture")
+    result = composition.run(Reader(), data, OPTIONS)
+    assert result.protocol["benchmarks"] == {"winoground": {"items": 1, "left_out": 1}}
+    assert result.protocol["skipped"] == 1
+    (data / "winoground/images/ex_0_img_1.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="2 of 4 samples are broken"):
+        composition.run(Reader(), data, OPTIONS)
+
+
+PAIR = {"filename": "1.png", "caption": "x", "negative_caption": "y"}
+UNSOUND = [
+    ("swap_att.json", {"0": PAIR | {"negative_caption": 3}}, "swap_att.json: not as sugarcrepe writes"),
+    ("swap_att.json", {"0": PAIR | {"caption": " "}}, "item 0 has an empty text"),
+    ("image2text.json", [{"query": "1.png", "keys": ["a", "b"], "label": 2}], "item 0 has no choice number 2"),
+    ("image2text.json", [{"query": "1.png", "keys": ["a"], "label": 0}], "item 0 leaves nothing to choose"),
+    ("x.json", {"0": {"image_file": "1.png", "caption": "a", "foil": "b", "mturk": {}}}, "not as valse.*'caption'"),
+    ("other.json", {"some": "thing"}, "nothing to choose from; composition reads the files of winoground, sug"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "message"), UNSOUND)
+def test_files_that_are_not_as_they_must_be(tmp_path: Path, file: str, content: object, message: str) -> None:
+    colour(tmp_path / "1.png", "red")
+    write(tmp_path / file, content)
+    with pytest.raises(UserError, match=message):
+        read_composition(tmp_path)
+
+
+def test_the_command_refuses_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    assert main(["eval", "composition", "--model", str(model), "--data", str(tmp_path / "nosuch")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- the scenes' own pairs ------------------------------------------------------------------------
+
+
+def test_scenes_bring_pairs_in_both_layouts(tmp_path: Path) -> None:
+    prepare_scenes(tmp_path, train=0, val=0, test=5, processes=1)
+    assert has_composition(tmp_path, "test") and "composition" in tasks_for(tmp_path, "test")
+    found = read_composition(tmp_path)
+    assert {name: len(items) for name, items in found.items()} == {"sugarcrepe": 8, "winoground": 8}
+    subsets = [sorted({item.subset for item in items}) for items in found.values()]
+    assert subsets == [["negation", "replace_count", "replace_rel", "swap_att"], sorted(KINDS)]
+    before = {file.name: file.read_bytes() for file in (tmp_path / "composition").rglob("*") if file.is_file()}
+    prepare_scenes(tmp_path, train=0, val=0, test=5, processes=1, overwrite=True)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "composition").rglob("*") if file.is_file()}
+    results = evaluate({"m": Reader()}, tmp_path, "test", ["composition"], tmp_path / "out", options=OPTIONS)
+    assert results["m"]["composition"].metrics["winoground_vector_text"] >= 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Which text is true" in page and "winoground: relation" in page
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_differ_in_what_they_say(kind: str) -> None:
+    for index in range(20):
+        pair = render_pair(kind, 3, index)
+        first, second = (np.asarray(image) for image in pair.images)
+        changed = (first != second).any(axis=2).mean()
+        assert 0 < changed < 0.4, index
+        assert pair.captions[0] != pair.captions[1] and pair.contrast[0] != pair.contrast[1]
+        words = [sorted({*caption.replace(",", "").split()} - {"a", "an"}) for caption in pair.captions]
+        assert words[0] == words[1] or kind == "count"  # plurals go with the counts
+        again = render_pair(kind, 3, index)
+        assert again.captions == pair.captions and again.images[1].tobytes() == pair.images[1].tobytes()
