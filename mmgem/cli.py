@@ -172,6 +172,29 @@ def run_embed(args: Arguments) -> int:
     return 0
 
 
+def add_search_command(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--index", required=True, type=Path, metavar="FILE.npz", help="what `mmgem embed` wrote")
+    parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="may be given again")
+    parser.add_argument("--image", action="append", default=[], type=Path, metavar="PATH", help="may be given again")
+    parser.add_argument("-k", type=int, default=10, metavar="N", help="how many to show (default 10)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a query, a line each")
+
+
+def run_search(args: Arguments) -> int:
+    model = _load(args)
+    from mmgem.inference.search import open_index, search
+
+    for row in search(model, open_index(args.index, model), texts=args.text, images=args.image, count=args.k):
+        if args.json:
+            print(json.dumps(row, ensure_ascii=False))
+            continue
+        print(f"{row['query']}:")
+        for place, hit in enumerate(row["found"], 1):
+            print(f"{place:4}  {hit['cosine']:.4f}  {hit['name']}")
+    return 0
+
+
 # --- export ------------------------------------------------------------------------------------
 
 
@@ -230,6 +253,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "caption": ("write captions for pictures", add_caption, run_caption),
     "regions": ("caption, embed and compare boxes of a picture", add_regions, run_regions),
     "embed": ("vectors of pictures or texts, into a file", add_embed, run_embed),
+    "search": ("the nearest of a file of vectors to texts or pictures", add_search_command, run_search),
     "export": ("a run's model as a folder to use and share, with a model card", add_export, run_export),
 }
 

@@ -25,6 +25,10 @@ from mmgem.page import render, shared
 __all__ = ["About", "number", "render_report", "write_report"]
 
 
+_ROWS = 24
+"""Of one task, shown at once; the others are folded."""
+
+
 @dataclass(slots=True)
 class About:
     """What the page says of the run besides its figures."""
@@ -96,4 +100,4 @@ def _table(task: str, results: Sequence[TaskResult], models: Sequence[str]) -> d
     ]
     protocol = json.dumps(results[-1].protocol, indent=1, ensure_ascii=False)
     sources = [f"{one.model}: {one.source}" for row in found for _, one in row.published]
-    return {"name": task, "rows": shown, "protocol": protocol, "sources": sources}
+    return {"name": task, "rows": shown[:_ROWS], "folded": shown[_ROWS:], "protocol": protocol, "sources": sources}

@@ -24,20 +24,26 @@ PAGE = """<!DOCTYPE html>
 </header>
 
 <h2>Figures</h2>
-<div class="scroll"><table>
-<thead><tr><th>metric</th>{% for model in models %}<th>{{ model }}</th>{% endfor %}
-<th>chance</th><th>{{ ratio_name }}</th></tr></thead>
-<tbody>
-{% for task in tables %}
-<tr class="task"><th colspan="{{ models|length + 3 }}">{{ task.name }}</th></tr>
-{% for row in task.rows %}<tr><td class="name">{{ row.name }}</td>
+{% macro head() %}<thead><tr><th>metric</th>{% for model in models %}<th>{{ model }}</th>{% endfor %}
+<th>chance</th><th>{{ ratio_name }}</th></tr></thead>{% endmacro %}
+{% macro lines(rows) %}{% for row in rows %}<tr><td class="name">{{ row.name }}</td>
 {% for cell in row.cells %}<td>{{ cell.value }}
 {%- if cell.error %} <small>± {{ cell.error }}</small>{% endif %}</td>{% endfor %}
 <td>{{ row.chance }}</td><td>{{ row.ratio }}</td></tr>
 {% for other in row.published %}<tr class="other"><td>published: {{ other.model }}</td>
 <td colspan="{{ models|length }}">{{ other.value }}</td><td></td><td></td></tr>
-{% endfor %}{% endfor %}{% endfor %}
+{% endfor %}{% endfor %}{% endmacro %}
+<div class="scroll"><table>
+{{ head() }}
+<tbody>
+{% for task in tables %}
+<tr class="task"><th colspan="{{ models|length + 3 }}">{{ task.name }}</th></tr>
+{{ lines(task.rows) }}
+{% endfor %}
 </tbody></table></div>
+{% for task in tables if task.folded %}<details>
+<summary>{{ task.folded|length }} more figures of {{ task.name }}</summary>
+<div class="scroll"><table>{{ head() }}<tbody>{{ lines(task.folded) }}</tbody></table></div></details>{% endfor %}
 <p class="note">Recalls, BLEU, ROUGE_L and shares run from 0 to 1, CIDEr as coco-caption prints it
 (0.5 is its "50"), median ranks start at 1 and are better when small. ± is one standard error.</p>
 {% if sources %}<p class="note">Published figures stand where data, split, images and captions are

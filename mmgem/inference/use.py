@@ -1,4 +1,4 @@
-"""What the commands `caption`, `regions` and `embed` do, on files.
+"""What the commands `caption`, `regions` and `embed` do, on files (`search`: see there).
 
 Receives a model and paths. Gives rows or a file of vectors. Refuses files that are no pictures, boxes that are no
 boxes of the picture, empty texts, and a split with too many broken samples, each by name.
@@ -23,6 +23,8 @@ from mmgem.model import MMGem
 from mmgem.progress import Progress
 
 BATCH = 64
+PROBE = "a picture"
+"""Whose vector stands in a file of vectors for the model that made it."""
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -112,7 +114,7 @@ def describe_regions(
 def embed_to_file(
     model: MMGem, out: Path, *, images: Sequence[Path] | None, texts: Path | None, data: Path | None
 ) -> tuple[int, int]:
-    """Writes `vectors` (N x E float32, each of length 1) and `names`; gives N and E."""
+    """Writes `vectors` (N x E float32, each of length 1), `names`, and `probe` (see `search`); gives N and E."""
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: name a file that ends in .npz")
     if texts is not None:
@@ -123,7 +125,7 @@ def embed_to_file(
     vectors_NE = np.concatenate(parts)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.unfinished.npz")
-    np.savez(unfinished, vectors=vectors_NE, names=np.array(names))
+    np.savez(unfinished, vectors=vectors_NE, names=np.array(names), probe=model.embed_texts([PROBE])[0].numpy())
     unfinished.replace(out)
     return vectors_NE.shape[0], vectors_NE.shape[1]
 

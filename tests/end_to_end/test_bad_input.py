@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -255,6 +256,26 @@ def test_texts_that_are_none(model: Path, picture: Path, tmp_path: Path, capsys:
     file.write_text("one\n")
     assert "ends in .npz" in refused(capsys, *embed, tmp_path / "o.txt")
     assert not out.exists()
+
+
+def test_indexes_of_another_model(model: Path, picture: Path, tmp_path: Path, capsys: Capture) -> None:
+    index = tmp_path / "index.npz"
+    search = ("search", "--model", model, "--index", index)
+    assert f"{index}: no such file" in refused(capsys, *search, "--text", "a")
+    index.write_bytes(b"no index")
+    assert "not what `mmgem embed` writes" in refused(capsys, *search, "--text", "a")
+    np.savez(index, vectors=np.ones((2, 48), dtype=np.float32), names=np.array(["a", "b"]))
+    message = refused(capsys, *search, "--text", "a")
+    assert message.startswith(f"{index}: its vectors have 48 numbers, those of this model 32: another model made it")
+    assert main(["embed", "--model", str(model), "--images", str(picture), "--out", str(index)]) == 0
+    with np.load(index) as file:
+        content = dict(file)
+    np.savez(index, **{**content, "probe": -content["probe"]})
+    assert f"{index}: another model made these vectors" in refused(capsys, *search, "--text", "a")
+    np.savez(index, **content)
+    assert "nothing to search for" in refused(capsys, *search)
+    assert "--text: the text is empty" in refused(capsys, *search, "--text", " ")
+    assert "-k 0: at least 1" in refused(capsys, *search, "--text", "a", "-k", "0")
 
 
 def test_splits_that_are_none(model: Path, tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:

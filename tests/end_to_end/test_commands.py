@@ -229,6 +229,28 @@ def test_embed_a_split(
     assert vectors == pytest.approx(expected.numpy(), abs=1e-5)
 
 
+# --- search ---------------------------------------------------------------------------------------------
+
+
+def test_search_finds_what_the_vectors_say(
+    model: Path, loaded: MMGem, tiny: Tiny, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = tmp_path / "index.npz"
+    vectors, names = embedded(capsys, index, "--model", model, "--data", tiny.data / "test")
+    asked = ("search", "--model", model, "--index", index, "--text", "a red ball", "--image", picture, "-k", "3")
+    rows = [json.loads(line) for line in output(capsys, *asked, "--json")]
+    assert [row["query"] for row in rows] == ["a red ball", str(picture)]
+    for row, query_E in zip(
+        rows, [loaded.embed_texts(["a red ball"])[0], loaded.embed_images([Image.open(picture)])[0]], strict=True
+    ):
+        cosines = vectors @ query_E.numpy()
+        best = np.argsort(-cosines)[:3]
+        assert [hit["name"] for hit in row["found"]] == [names[n] for n in best]
+        assert [hit["cosine"] for hit in row["found"]] == pytest.approx(cosines[best].tolist(), abs=1e-5)
+    lines = output(capsys, *asked)
+    assert lines[0] == "a red ball:" and lines[1].endswith(rows[0]["found"][0]["name"]) and len(lines) == 8
+
+
 # --- check, data, eval ------------------------------------------------------------------------------------
 
 

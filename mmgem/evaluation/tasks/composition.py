@@ -65,7 +65,7 @@ def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
     texts = list(dict.fromkeys(text for item in every for text in item.texts))
     scored = _Scored.of(model, vectors_NE, texts, options)
 
-    scores = Scores()
+    scores, of_subsets = Scores(), Scores()
     counts: dict[str, Any] = {}
     sweep: dict[str, dict[str, float]] = {}
     examples: list[Example] = []
@@ -78,7 +78,9 @@ def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
         log_p_P = scored.likelihoods(group, f"texts of {name}") if writes(model) else None
         ways = scored.ways(group, log_p_P, options.alpha)
         judged = {way: group.judge(score_P) for way, score_P in ways.items()}
-        scores.update(_scores(name, group, judged, options))
+        whole, parts = _scores(name, group, judged, options)
+        scores.update(whole)
+        of_subsets.update(parts)
         for alpha in _SWEPT if log_p_P is not None else ():
             for way in ("generative", "both"):
                 right = group.judge(scored.ways(group, log_p_P, alpha)[way])
@@ -87,6 +89,7 @@ def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
                 )
         shown_P = ways["both"] if "both" in ways else np.exp(scored.scale) * ways["vector"]
         examples += _examples(name, group, shown_P, options)
+    scores.update(of_subsets)
     stated = protocol(
         model,
         replace(options, split=""),
@@ -237,28 +240,42 @@ class _Scored:
         return {"vector": cosine_P, "generative": gain_P, "both": both_P, **blind, "blind_generative": prior_P}
 
 
-def _scores(name: str, group: _Group, judged: dict[str, dict[str, np.ndarray]], options: TaskOptions) -> Scores:
-    """Of all items, then of each subset, where there are several."""
+def _scores(
+    name: str, group: _Group, judged: dict[str, dict[str, np.ndarray]], options: TaskOptions
+) -> tuple[Scores, Scores]:
+    """Of all items, and of each subset, where there are several."""
     subsets = np.array([item.subset for item in group.items])
-    unit = group.picture_P[torch.tensor(group.starts)].numpy()
     names = sorted(set(subsets))
+    whole = _scores_of(name, "", np.ones(len(subsets), dtype=bool), group, judged, options, macro=len(names) == 1)
+    parts = Scores()
+    for subset in names if len(names) > 1 else []:
+        parts.update(_scores_of(name, f"_{subset}", subsets == subset, group, judged, options, macro=True))
+    return whole, parts
+
+
+def _scores_of(
+    name: str,
+    ending: str,
+    inside: np.ndarray,
+    group: _Group,
+    judged: dict[str, dict[str, np.ndarray]],
+    options: TaskOptions,
+    *,
+    macro: bool,
+) -> Scores:
+    """macro: also the means over groups, where the items have some."""
     out = Scores()
-    for subset in ("", *names) if len(names) > 1 else ("",):
-        ending = f"_{subset}" if subset else ""
-        inside = subsets == subset if subset else np.ones(len(subsets), dtype=bool)
-        for score in judged["vector"]:
-            asked = inside & ~np.isnan(judged["vector"][score])
-            if not asked.any():
-                continue
-            own = [item for item, is_asked in zip(group.items, asked, strict=True) if is_asked]
-            ways = {way: of_way[score][asked] for way, of_way in judged.items() if score == "text" or _sees(way)}
-            means = {f"{name}_{way}_{score}{ending}": values for way, values in ways.items()}
-            chance = dict.fromkeys(means, float(group.chance(score)[asked].mean()))
-            out.update(Scores.of_means(means, chance=chance, groups=unit[asked], **options.bootstrap))
-            weights = _group_weights(own)
-            if weights is not None and (subset or len(names) == 1):
-                means = {f"{name}_{way}_{score}_macro{ending}": values * weights for way, values in ways.items()}
-                chance = dict.fromkeys(means, float((group.chance(score)[asked] * weights).mean()))
+    unit = group.picture_P[torch.tensor(group.starts)].numpy()
+    for score in judged["vector"]:
+        asked = inside & ~np.isnan(judged["vector"][score])
+        if not asked.any():
+            continue
+        ways = {way: of_way[score][asked] for way, of_way in judged.items() if score == "text" or _sees(way)}
+        weights = _group_weights([group.items[n] for n in asked.nonzero()[0]]) if macro else None
+        for kind, weight in (("", 1.0), ("_macro", weights)):
+            if weight is not None:
+                means = {f"{name}_{way}_{score}{kind}{ending}": values * weight for way, values in ways.items()}
+                chance = dict.fromkeys(means, float((group.chance(score)[asked] * weight).mean()))
                 out.update(Scores.of_means(means, chance=chance, groups=unit[asked], **options.bootstrap))
     return out
 
