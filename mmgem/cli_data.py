@@ -71,6 +71,13 @@ def _add_visual_genome(parser: argparse.ArgumentParser) -> None:
     _add_writing(parser)
 
 
+def _add_refcoco(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="DIR", help="it has refs(BY).p and instances.json")
+    _add_images(parser, "the folder of COCO's train2014 pictures")
+    parser.add_argument("--refs", metavar="BY", help="google, umd or unc, where there are several refs files")
+    _add_writing(parser)
+
+
 def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="DIR")
     parser.add_argument(
@@ -101,6 +108,7 @@ FORMATS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "coco": ("captions_*.json, its pictures and, for boxes, instances_*.json", _add_coco),
     "flickr30k-entities": ("Flickr30k's Sentences/, Annotations/ (boxes) and pictures", _add_flickr30k_entities),
     "visual-genome": ("region_descriptions.json of Visual Genome, and its pictures", _add_visual_genome),
+    "refcoco": ("refs(BY).p and instances.json of RefCOCOg, RefCOCO or RefCOCO+, and COCO's pictures", _add_refcoco),
     "folder": ("pictures with texts of the same names, or one folder a class", _add_folder),
     "img2dataset": ("tars, indexed where they lie; parquet files that hold pictures", _add_img2dataset),
     "scenes": ("rendered scenes with captions and boxes; nothing is needed", _add_scenes),

@@ -72,6 +72,13 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add_search(parser)
     parser.add_argument("--length-penalty", type=float, default=1.0)
     parser.add_argument(
+        "--captions",
+        type=int,
+        default=0,
+        metavar="N",
+        help="retrieval, rerank: only the first N captions of an image, as COCO's published figures have 5",
+    )
+    parser.add_argument(
         "--join-captions", action="store_true", help="retrieval: an image's captions, joined, are one long text"
     )
     parser.add_argument("--classes", type=Path, metavar="FILE", help="zero-shot: JSON of class names; or FILE:DATASET")
@@ -103,6 +110,8 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(args: Arguments) -> int:
+    if args.captions < 0:
+        raise UserError(f"--captions {args.captions}: at least 1, or none for all")
     reachable_model(args.model)
     models = _models_of(args.model, args.stages)
     from mmgem.evaluation.run import evaluate, tasks_for
@@ -115,6 +124,7 @@ def run_eval(args: Arguments) -> int:
         length_penalty=args.length_penalty,
         rerank=args.rerank,
         max_new_tokens=args.max_new_tokens,
+        captions=args.captions,
         join_captions=args.join_captions,
         classes=args.classes,
         templates=args.templates,

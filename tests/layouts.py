@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,54 @@ def laion(folder: Path, tars: int = 2, samples: int = 3) -> Path:
         (folder / f"{shard:05d}.parquet").write_bytes(b"PAR1 what was downloaded PAR1")
         as_json(folder / f"{shard:05d}_stats.json", {"count": samples, "successes": samples})
     return folder
+
+
+class _RunsCode:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("exit 1",)
+
+
+def refcoco(folder: Path) -> tuple[Path, Path]:
+    """Two pictures of COCO with three objects, in the umd split; and a refs file that would run code.
+
+    Gives the folder of the refs files and that of the pictures.
+    """
+    source, images = folder / "refcocog", folder / "coco"
+    source.mkdir(parents=True)
+    names = {number: f"COCO_train2014_{number:012}.jpg" for number in (1, 2)}
+    for number, name in names.items():
+        save(images / "train2014" / name, number)
+    boxes = {11: (1, [4.5, 8.25, 16.25, 32.5]), 12: (1, [0, 0, 64, 48]), 21: (2, [1, 2, 30, 20])}
+    annotations = [
+        {"id": name, "image_id": image, "bbox": box, "category_id": 1, "iscrowd": 0, "segmentation": [[1, 2, 3, 4]]}
+        for name, (image, box) in boxes.items()
+    ]
+    content = {
+        "images": [{"id": number, "file_name": name, "width": 64, "height": 48} for number, name in names.items()],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    (source / "instances.json").write_text(json.dumps(content))
+    said = [
+        (11, "train", ["the left dog", "dog in the caf\u00e9"]),
+        (21, "test", ["a dog"]),
+        (12, "train", ["all of it"]),
+    ]
+    refs = [
+        {
+            "ref_id": n,
+            "ann_id": name,
+            "image_id": boxes[name][0],
+            "file_name": f"{names[boxes[name][0]][:-4]}_{name}.jpg",
+            "category_id": 1,
+            "split": split,
+            "sent_ids": list(range(len(texts))),
+            "sentences": [
+                {"tokens": t.split(), "raw": t.title(), "sent": t, "sent_id": k} for k, t in enumerate(texts)
+            ],
+        }
+        for n, (name, split, texts) in enumerate(said)
+    ]
+    (source / "refs(umd).p").write_bytes(pickle.dumps(refs, protocol=0))
+    (source / "refs(google).p").write_bytes(pickle.dumps([_RunsCode()]))
+    return source, images

@@ -58,8 +58,12 @@ def evaluate(
     list of several), `out/report.html`, `out/report.md`, and `out/items/` (see `items`).
     """
     ranks = ranks or Ranks()
-    if options is not None and options.join_captions and set(tasks) - {"retrieval", "rerank"}:
-        raise UserError("--join-captions is for retrieval and rerank: name one of them")
+    for name, given in (
+        ("--join-captions", options and options.join_captions),
+        ("--captions", options and options.captions),
+    ):
+        if given and set(tasks) - {"retrieval", "rerank"}:
+            raise UserError(f"{name} is for retrieval and rerank: name one of them")
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: at least 1")
     if options is not None and options.queries < 1:
@@ -81,7 +85,8 @@ def evaluate(
         facts.append((name, _sizes(model)))
         own = replace(options, baseline="crop" if name in cropped else "none")
         if dataset is not None:
-            source = Joined(dataset) if own.join_captions else dataset
+            changed = own.join_captions or own.captions
+            source = Recaptioned(dataset, own.captions, own.join_captions) if changed else dataset
             encoded = encode_for(of_split, model, source, own, batch_size, max_broken, name)
         results[name] = {task.name: _run(task, model, encoded, Path(data), own) for task in chosen}
         for result in results[name].values():
@@ -94,18 +99,20 @@ def evaluate(
     return results
 
 
-class Joined:
-    """A dataset in which each image has one caption: all of its own, in their order, with spaces between."""
+class Recaptioned:
+    """A dataset of which each image has only its first captions (0: all), or all of these as one, with spaces."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: Dataset, first: int, joined: bool):
         self.dataset, self.keys = dataset, dataset.keys
+        self.first, self.joined = first or None, joined
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def sample(self, index: int, /) -> Sample:
         found = self.dataset.sample(index)
-        return replace(found, captions=(" ".join(found.captions),)) if found.captions else found
+        captions = found.captions[: self.first]
+        return replace(found, captions=(" ".join(captions),) if self.joined and captions else captions)
 
 
 def encode_for(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from layouts import coco, entities, genome, jsonl_folder, karpathy, laion, save
+from layouts import coco, entities, genome, jsonl_folder, karpathy, laion, refcoco, save
 from tiny import Finished, run
 
 from mmgem.cli import main
@@ -68,6 +68,11 @@ def of_visual_genome(raw: Path) -> Arguments:
     return [source, "--images", images]
 
 
+def of_refcoco(raw: Path) -> Arguments:
+    source, images = refcoco(raw)
+    return [source, "--images", images, "--refs", "umd"]
+
+
 def of_folder(raw: Path) -> Arguments:
     for number, name in enumerate(["train/tabby-cat/1.jpg", "train/dog/1.jpg", "test/dog/2.png"]):
         save(raw / name, number)
@@ -100,6 +105,7 @@ CASES: dict[str, tuple[Callable[[Path], Arguments], dict[str, list[int]], list[s
         {"train": [3, 3, 0, 0, 6]},
         ["pictures without captions: 3", "dropped: 1 × box outside image"],
     ),
+    "refcoco": (of_refcoco, {"train": [1, 1, 0, 0, 3], "test": [1, 1, 0, 0, 1]}, ["pictures without captions: 2"]),
     "folder": (of_folder, {"test": [1, 1, 0, 1, 0], "train": [2, 2, 0, 2, 0]}, []),
     "img2dataset": (of_img2dataset, {"pairs": [6, 6, 0, 6, 0]}, []),
     "scenes": (of_scenes, {"train": [2, 2, 0, 10, 4], "val": [1, 1, 0, 5, 2]}, []),

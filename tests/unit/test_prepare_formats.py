@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import as_json, coco, entities, genome, save
+from layouts import as_json, coco, entities, genome, refcoco, save
 
 from mmgem.data.prepare import (
     prepare_coco,
     prepare_flickr30k_entities,
     prepare_folder,
+    prepare_refcoco,
     prepare_visual_genome,
 )
 from mmgem.data.prepare.flickr30k_entities import parse_sentences
@@ -265,3 +267,38 @@ def test_first_folders_named_like_splits_are_the_splits(tmp_path: Path):
     assert list(rows(prepare_folder(tmp_path / "raw", tmp_path / "out"))) == ["train", "valid"]
     valid = ShardedDataset(tmp_path / "out/valid")
     assert valid.keys == ["valid_cat_1"] and valid.captions(0) == ("a photo of a cat.",)
+
+
+# --- refcoco -----------------------------------------------------------------------------------
+
+
+def test_refcoco(tmp_path: Path):
+    source, images = refcoco(tmp_path)
+    result = prepare_refcoco(source, tmp_path / "out", images=images, refs="umd")
+    assert rows(result) == {"train": (1, 1, 0, 3, 1), "test": (1, 1, 0, 1, 1)}
+    sample = ShardedDataset(tmp_path / "out/train").sample(0)
+    assert sample.regions == (
+        Region((4.5, 8.25, 20.75, 40.75), "the left dog", "11"),
+        Region((4.5, 8.25, 20.75, 40.75), "dog in the caf\u00e9", "11"),
+        Region((0.0, 0.0, 64.0, 48.0), "all of it", "12"),
+    )
+    assert sample.meta["cocoid"] == 1 and sample.key == "COCO_train2014_000000000001"
+
+
+def test_refcoco_refuses(tmp_path: Path):
+    source, images = refcoco(tmp_path)
+
+    def refused(message: str, refs: str | None = None) -> None:
+        with pytest.raises(UserError, match=message):
+            prepare_refcoco(source, tmp_path / "out", images=images, refs=refs)
+
+    refused("name one refs file with --refs: google, umd")
+    refused("name one refs file with --refs: google, umd", "unc")
+    refused(r"refs\(google\).p is no refs file of REFER.*posix.system, which could run code", "google")
+    file = source / "refs(umd).p"
+    file.write_bytes(file.read_bytes()[:50])
+    refused("is no refs file of REFER", "umd")
+    file.write_bytes(pickle.dumps({"no": "list"}))
+    refused("a list of objects is expected", "umd")
+    file.write_bytes(pickle.dumps([{"image_id": 1, "ann_id": 99, "split": "val", "sentences": []}]))
+    refused(r"item 0: KeyError\(99\); it needs an image and a box", "umd")

@@ -222,6 +222,18 @@ def test_captions_joined_are_one_long_text(tmp_path) -> None:
         evaluate({"m": model}, data, "test", ["captioning"], tmp_path / "o", options=options)
 
 
+def test_the_first_captions_of_each_image(tmp_path) -> None:
+    samples = [make_sample("a", "red", "blue", ["red", "red ball", "blue"]), make_sample("b", "blue", "red", ["blue"])]
+    data = write_split(tmp_path / "data", samples)
+    for captions, joined, counted, said in ((2, False, [1, 2], "red ball"), (2, True, [1, 1], "red red ball")):
+        options = replace(OPTIONS, captions=captions, join_captions=joined)
+        model = ColourModel()
+        result = evaluate({"m": model}, data, "test", ["retrieval"], tmp_path / "o", options=options)["m"]["retrieval"]
+        assert result.protocol["captions_an_image"] == counted and said in model.texts_seen
+    with pytest.raises(UserError, match="--captions is for retrieval"):
+        evaluate({"m": model}, data, "test", ["captioning"], tmp_path / "o", options=replace(OPTIONS, captions=1))
+
+
 @pytest.mark.parametrize(
     ("phrase", "noun"),
     [

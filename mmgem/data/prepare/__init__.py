@@ -18,6 +18,7 @@ from mmgem.data.prepare.folder import prepare_folder
 from mmgem.data.prepare.img2dataset import prepare_img2dataset
 from mmgem.data.prepare.jsonl import prepare_jsonl
 from mmgem.data.prepare.karpathy import prepare_karpathy
+from mmgem.data.prepare.refcoco import prepare_refcoco
 from mmgem.data.prepare.scenes import prepare_scenes
 from mmgem.data.prepare.visual_genome import prepare_visual_genome
 from mmgem.data.prepare.writing import WriteOptions
@@ -28,6 +29,7 @@ FORMATS: dict[str, Callable[..., dict[str, Any]]] = {
     "karpathy": prepare_karpathy,
     "flickr30k-entities": prepare_flickr30k_entities,
     "visual-genome": prepare_visual_genome,
+    "refcoco": prepare_refcoco,
     "folder": prepare_folder,
     "img2dataset": prepare_img2dataset,
     "scenes": prepare_scenes,
@@ -42,6 +44,7 @@ __all__ = [
     "prepare_img2dataset",
     "prepare_jsonl",
     "prepare_karpathy",
+    "prepare_refcoco",
     "prepare_scenes",
     "prepare_visual_genome",
 ]

@@ -18,20 +18,24 @@ import mmgem
 from mmgem.inference.encode import Encoder
 from mmgem.ranks import Ranks
 
+BOX_CONVENTION = "x1, y1, x2, y2 in pixels of the picture, edges: x2 and y2 are exclusive"
+"""As in `data.samples`, which readers of other conventions change to."""
+
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
     """Options of all tasks.
 
     baseline: "crop" adds the figures of boxes cut out and embedded as images (region-retrieval).
-    same_text: a caption that other images carry word for word counts for them as well (retrieval);
-    the published protocols count only the image's own.
-    join_captions: all captions of an image, joined, are its one text, as long texts are retrieved with (retrieval,
-    rerank). classes, templates: files of class names and of texts to put them into, instead of those that the data say
-    (zero-shot). alpha: the weight of log p(text | no image) that is taken off log p(text | image) (zero-shot,
-    composition, rerank). candidates: how many of the nearest are judged again (rerank). queries: at most so many, where
-    each is costly (rerank, similarity-map, zero-shot). images: folders with the pictures that the data name
-    (composition). java: METEOR and SPICE as well, where Java and pycocoevalcap are. samples: bootstrap resamples.
+    same_text: a caption that other images carry word for word counts for them as well (retrieval); the published
+    protocols count only the image's own. captions: only so many of each image, its first ones (retrieval, rerank); 0:
+    all. COCO's published retrieval figures are of five. join_captions: all captions of an image, joined, are its one
+    text, as long texts are retrieved with (retrieval, rerank). classes, templates: files of class names and of texts to
+    put them into, instead of those that the data say (zero-shot). alpha: the weight of log p(text | no image) that is
+    taken off log p(text | image) (zero-shot, composition, rerank). candidates: how many of the nearest are judged again
+    (rerank). queries: at most so many, where each is costly (rerank, similarity-map, zero-shot). images: folders with
+    the pictures that the data name (composition). java: METEOR and SPICE as well, where Java and pycocoevalcap are.
+    samples: bootstrap resamples.
     drawn, worst: examples for the report.
     """
 
@@ -43,6 +47,7 @@ class TaskOptions:
     rerank: float = 0.0
     baseline: Literal["none", "crop"] = "none"
     same_text: bool = False
+    captions: int = 0
     join_captions: bool = False
     classes: Path | None = None
     templates: Path | None = None

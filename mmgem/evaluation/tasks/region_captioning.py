@@ -17,7 +17,7 @@ from mmgem.evaluation.metrics.scores import Scores
 from mmgem.evaluation.result import BoxNote, Example, Kind, RegionExample, TaskResult
 from mmgem.evaluation.tasks.boxes import BoxTable, box_table
 from mmgem.evaluation.tasks.captioning import add_java_scores, chance_scores
-from mmgem.evaluation.tasks.common import TaskOptions, draw, protocol, worst
+from mmgem.evaluation.tasks.common import BOX_CONVENTION, TaskOptions, draw, protocol, worst
 from mmgem.inference.encode import Encoded, Encoder, write_texts
 from mmgem.phrases import head_noun, normalise_phrase
 
@@ -81,6 +81,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         images=len(encoded.keys),
         skipped=len(encoded.skipped),
         regions=len(encoded.region_boxes),
+        box_convention=BOX_CONVENTION,
         regions_unseen=encoded.regions_unseen,
         boxes=len(table.boxes),
         boxes_with_colour_and_shape=len(coloured.boxes) if coloured else 0,

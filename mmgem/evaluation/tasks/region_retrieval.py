@@ -24,7 +24,7 @@ from mmgem.evaluation.metrics.retrieval import (
 from mmgem.evaluation.metrics.scores import Scores
 from mmgem.evaluation.result import Example, Hit, Kind, SearchExample, TaskResult
 from mmgem.evaluation.tasks.boxes import BoxTable, box_table
-from mmgem.evaluation.tasks.common import TaskOptions, draw, protocol, worst
+from mmgem.evaluation.tasks.common import BOX_CONVENTION, TaskOptions, draw, protocol, worst
 from mmgem.inference.encode import Encoded, Encoder
 from mmgem.phrases import normalise_phrase
 
@@ -68,6 +68,7 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
         skipped=len(encoded.skipped),
         in_image_pairs=pairs,
         regions=len(encoded.region_boxes),
+        box_convention=BOX_CONVENTION,
         regions_unseen=encoded.regions_unseen,
         boxes=len(table.boxes),
         phrases=len(table.names),
