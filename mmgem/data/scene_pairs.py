@@ -98,22 +98,23 @@ def _swapped_places(rng: Random) -> _Content | None:
 
 
 def _swapped_counts(rng: Random) -> _Content | None:
-    """Two cubes and a ball; a cube and two balls."""
+    """Two cubes and a ball; a cube and two balls. Or three of the one kind, so that no number is true more often."""
+    many = rng.choice((2, 3))
     shapes = rng.sample(SHAPES, 2)
     free = [colour for colour in COLOURS if all((colour, shape) in SEEN for shape in shapes)]
-    colours = rng.sample(free, 3)
-    items = _placed(list(zip(colours, (shapes[0], shapes[0], shapes[1]), strict=True)), rng)
+    colours = rng.sample(free, many + 1)
+    items = _placed([*((colour, shapes[0]) for colour in colours[:many]), (colours[many], shapes[1])], rng)
     if items is None:
         return None
-    turned = [items[0], replace(items[1], shape=shapes[1]), items[2]]
+    turned = [items[0], *(replace(item, shape=shapes[1]) for item in items[1:])]
     if not _fit(turned):
         return None
 
-    def said(first: int, second: int) -> str:
-        counts = zip((first, second), shapes, strict=True)
-        return " and ".join(with_article(s) if n == 1 else f"{NUMBERS[n]} {PLURALS[s]}" for n, s in counts)
+    def said(*counts: int) -> str:
+        of_each = zip(counts, shapes, strict=True)
+        return " and ".join(with_article(s) if n == 1 else f"{NUMBERS[n]} {PLURALS[s]}" for n, s in of_each)
 
-    return items, turned, (said(2, 1), said(1, 2)), (said(2, 1), said(rng.choice((1, 3)), 1))
+    return items, turned, (said(many, 1), said(1, many)), (said(many, 1), said(5 - many, 1))
 
 
 def _negated(rng: Random) -> _Content | None:
