@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from mmgem.config_rules import contradictions
 from mmgem.errors import UserError, one_line
+from mmgem.negatives import KINDS
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -153,6 +154,44 @@ class DataConfig:
 
 
 @dataclass(config=_STRICT, kw_only=True)
+class HardLossConfig:
+    """Weights of the losses against hard negatives (`negatives` of the stage makes these)."""
+
+    columns: float = 0.0
+    """The contrastive loss with the negatives among its texts and pictures. `emb: 0`, `columns: 1` is NegCLIP's loss,
+    `emb: 1`, `columns: mu` SPEC's."""
+    rank: float = 0.0
+    """CE-CLIP's rank loss with adaptive margin; 0.2 there."""
+    intra: float = 0.0
+    """CE-CLIP's, between the texts alone; 0.2 there."""
+    focal: float = 0.0
+    """FSC-CLIP's; 0.5 there."""
+    focal_gamma: float = 2.0
+    focal_smoothing: float = 0.02
+    written: float = 0.0
+    """The caption is to be likelier written for its picture than its negative."""
+    written_margin: float = 0.5
+    """By so much, in mean log p of a token."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class NegativesConfig:
+    texts: int = 0
+    """So many hard negatives of each caption; 0: none."""
+    source: Literal["rules", "data"] = "rules"
+    """rules: made as a caption is read. data: those that lie with the sample (`mmgem refine negatives`)."""
+    kinds: list[str] = field(default_factory=lambda: [k for k in KINDS if k != "shuffle"])
+    """Of the rules, or of those in the data."""
+    pictures: int = 0
+    """So many copies of each picture with its patches in another order; 0: none."""
+    patches: int = 3
+    """So many patches a side."""
+    order_robust: bool = False
+    """Captions with their words (kind `shuffle`) and pictures with their patches in another order are no negatives but
+    positives: the order is to be looked through. Other kinds are then refused."""
+
+
+@dataclass(config=_STRICT, kw_only=True)
 class LossConfig:
     kind: Literal["infonce", "sigmoid"] = "infonce"
     """Of `emb` and `region_emb`. sigmoid: SigLIP's, for which `model.init_logit_bias` is to be set."""
@@ -161,6 +200,16 @@ class LossConfig:
     region_emb: float = 1.0
     region_gen: float = 1.0
     label_smoothing: float = 0.0
+    hard: HardLossConfig = field(default_factory=HardLossConfig)
+
+    def weight(self, name: str) -> float:
+        """Of a loss by the name that the log has: `hard_rank` is `hard.rank`."""
+        return getattr(self.hard, name.removeprefix("hard_")) if name.startswith("hard_") else getattr(self, name)
+
+    def needs_vectors(self, regions: bool) -> bool:
+        """Whether a text's vector counts for anything."""
+        hard = self.hard
+        return any((self.emb, regions and self.region_emb, hard.columns, hard.rank, hard.intra, hard.focal))
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -195,6 +244,7 @@ class StageConfig:
     """Decay a step of the weights' exponential moving average, which the stage then ends with; 0: none is kept."""
     freeze: list[Literal["vision", "llm", "projections"]] = field(default_factory=list)
     loss: LossConfig = field(default_factory=LossConfig)
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
     image_size: int | None = None
     """Side of the pictures in this stage; null: the tower's. Smaller is cheaper."""
     patch_dropout: float = 0.0

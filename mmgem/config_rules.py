@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from mmgem.negatives import KINDS
+
 if TYPE_CHECKING:
     from mmgem.config import Config, DataConfig, LossConfig, ModelConfig, StageConfig, TrainingConfig, VisionConfig
 
@@ -43,7 +45,12 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"stages.{number} ({stage.name}): ema wants whole weights; set training.strategy to ddp, or ema to 0"
         if stage.loss.kind == "sigmoid" and config.model.init_logit_bias is None:
             yield f"stages.{number} ({stage.name}): loss.kind=sigmoid needs model.init_logit_bias, e.g. -10"
-        for message in (*_stage(stage), *_pictures(stage, config.model.vision), *_loss(stage.loss, stage.max_regions)):
+        for message in (
+            *_stage(stage),
+            *_pictures(stage, config.model.vision),
+            *_loss(stage.loss, stage.max_regions),
+            *_negatives(stage),
+        ):
             yield f"stages.{number} ({stage.name}): {message}"
 
 
@@ -221,9 +228,56 @@ def _pictures(stage: StageConfig, vision: VisionConfig) -> Iterator[str]:
 
 
 def _loss(loss: LossConfig, max_regions: int) -> Iterator[str]:
-    used = (loss.emb, loss.gen, *((loss.region_emb, loss.region_gen) if max_regions else ()))
+    hard = loss.hard
+    used = (loss.emb, loss.gen, hard.columns, hard.rank, hard.intra, hard.focal, hard.written)
+    used += (loss.region_emb, loss.region_gen) if max_regions else ()
     yield from _of(
         (min(used) < 0, "loss: a weight is below 0"),
         (not any(used), "loss: all weights that count here are 0, nothing would train"),
         (not 0 <= loss.label_smoothing < 1, "loss.label_smoothing must be at least 0 and below 1"),
+    )
+
+
+def _negatives(stage: StageConfig) -> Iterator[str]:
+    made, hard = stage.negatives, stage.loss.hard
+    of_texts = {name: getattr(hard, name) for name in ("rank", "intra", "focal", "written")}
+    used = any(of_texts.values()) or hard.columns
+    for name in ("texts", "pictures"):
+        if getattr(made, name) < 0:
+            yield f"negatives.{name} must be 0 or more"
+    unknown = [kind for kind in made.kinds if kind not in KINDS]
+    unused = [name for name, weight in of_texts.items() if weight]
+    yield from _of(
+        (
+            made.texts and made.source == "rules" and unknown,
+            f"negatives.kinds: no rule makes {', '.join(unknown)}; the kinds are {', '.join(KINDS)}",
+        ),
+        (made.texts and made.source == "rules" and not made.kinds, "negatives.kinds names no kind"),
+        (
+            not made.texts and unused,
+            f"loss.hard.{unused[0] if unused else ''} needs negative texts: set negatives.texts to 1 or more",
+        ),
+        (
+            hard.columns and not made.texts and not made.pictures,
+            "loss.hard.columns needs negatives: set negatives.texts or negatives.pictures to 1 or more",
+        ),
+        (
+            (made.texts or made.pictures) and not used and not made.order_robust,
+            "negatives are made, and no loss uses them: give one of loss.hard a weight",
+        ),
+        (made.pictures and made.patches < 2, "negatives.patches must be at least 2"),
+        (
+            made.pictures and stage.cached_views,
+            "negatives.pictures does nothing to cached_views; set one of the two to 0",
+        ),
+        (
+            made.order_robust and used,
+            "negatives.order_robust makes positives, and loss.hard is for negatives: set one of the two to 0",
+        ),
+        (
+            made.order_robust and made.texts and made.kinds != ["shuffle"],
+            "negatives.order_robust is for words in another order: set negatives.kinds to [shuffle]",
+        ),
+        (hard.focal_gamma < 0, "loss.hard.focal_gamma must be 0 or more"),
+        (not 0 <= hard.focal_smoothing < 1, "loss.hard.focal_smoothing must be at least 0 and below 1"),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,6 +34,18 @@ class Item:
     """Equal for boxes of the sample that mean the same thing."""
     dropped: tuple[str, ...] = ()
     """What was wrong in its record and left out."""
+    others: tuple[OtherText, ...] = ()
+    shuffled: tuple[Tensor, ...] = ()
+    """The picture with its patches in another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class OtherText:
+    """A text made of the sample's caption number `caption`, by the rule number `kind` of `mmgem.negatives.KINDS`."""
+
+    caption: int
+    text: str
+    kind: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +60,22 @@ class Broken:
     dropped: bool = False
 
 
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.long)
+
+
 @dataclass(slots=True)
 class Batch:
-    """B samples, M1 captions, R regions; M = M1 + R texts, the captions first."""
+    """B samples, M1 captions, R regions, X texts made of captions; M = M1 + R + X texts, in this order.
+
+    The pictures are those of the samples, and then H that were made of these.
+    """
 
     keys: list[str]
     pictures: Tensor
     texts: PackedTexts
     text_vector_M: Tensor
-    """Which row of [images; regions] each text describes."""
+    """Which row of [pictures; regions] each text describes, or, of a negative, does not."""
     boxes_R4: Tensor
     region_image_R: Tensor
     image_id_B: Tensor
@@ -72,10 +91,25 @@ class Batch:
     broken: list[Broken]
     embedded_texts: PackedTexts | None = None
     """The embedding streams alone, where vectors are computed once before the rest."""
+    other_caption_X: Tensor = field(default_factory=_none)
+    """Which caption (0 … M1-1) each was made of."""
+    other_kind_X: Tensor = field(default_factory=_none)
+    other_owner_X: Tensor = field(default_factory=_none)
+    """The image_id of its picture where it is a positive, and else an id that nothing has."""
+    other_text_X: Tensor = field(default_factory=_none)
+    """As `caption_text_M`."""
+    shuffled_id_H: Tensor = field(default_factory=_none)
+    """As `other_owner_X`, of the pictures that were made."""
+    shuffled_sample_H: Tensor = field(default_factory=_none)
+    """Which sample (0 … B-1) each was made of."""
 
     @property
     def captions(self) -> int:
         return len(self.caption_owner_M)
+
+    @property
+    def samples(self) -> int:
+        return len(self.keys)
 
     def to(self, device: torch.device) -> Batch:
         moved = {}
@@ -115,7 +149,8 @@ class Collate:
     """Items -> Batch. Which streams are packed (a loss of weight 0 needs none):
 
     `embed`: the embedding streams. `write_captions`: the captions' caption streams. `write_phrases`: those of at most
-    so many phrases of each image, the first ones. `embed_first`: the embedding streams also alone.
+    so many phrases of each image, the first ones. `write_others`: those of the texts made of captions. `embed_first`:
+    the embedding streams also alone. `order_robust`: texts and pictures made of others belong to the same image.
     """
 
     def __init__(
@@ -126,6 +161,8 @@ class Collate:
         write_captions: bool = True,
         write_phrases: int = sys.maxsize,
         embed_first: bool = False,
+        write_others: bool = False,
+        order_robust: bool = False,
     ):
         self.codec = codec
         self.row_tokens = row_tokens
@@ -133,6 +170,8 @@ class Collate:
         self.write_captions = write_captions
         self.write_phrases = write_phrases
         self.embed_first = embed_first
+        self.write_others = write_others
+        self.order_robust = order_robust
 
     def __call__(self, items: Sequence[Item | Broken]) -> Batch:
         broken = [i for i in items if isinstance(i, Broken)]
@@ -143,28 +182,51 @@ class Collate:
         caption_image = [b for b, item in enumerate(good) for _ in item.captions]
         region_image = [b for b, item in enumerate(good) for _ in item.phrases]
         image_ids = [stable_id("image", item.key) for item in good]
-        ids, cut = self.codec.encode(captions + phrases)
+        others = [(b, other) for b, item in enumerate(good) for other in item.others]
+        shuffled = [(b, picture) for b, item in enumerate(good) for picture in item.shuffled]
+        first_caption = np.cumsum([0, *(len(item.captions) for item in good)]).tolist()
+        ids, cut = self.codec.encode(captions + phrases + [other.text for _, other in others])
         write = [self.write_captions] * len(captions)
         write += [number < self.write_phrases for item in good for number in range(len(item.phrases))]
+        write += [self.write_others] * len(others)
         alone = None
         if self.embed_first:
             alone = pack_texts(ids, self.codec, self.row_tokens, embed=self.embed, write=[False] * len(ids))
         return Batch(
             keys=[item.key for item in good],
-            pictures=_stack([item.picture for item in good]),
+            pictures=_stack([item.picture for item in good] + [picture for _, picture in shuffled]),
             texts=pack_texts(ids, self.codec, self.row_tokens, embed=self.embed, write=write),
-            text_vector_M=_long([*caption_image, *range(len(good), len(good) + len(phrases))]),
+            text_vector_M=_long(
+                [
+                    *caption_image,
+                    *range(len(good) + len(shuffled), len(good) + len(shuffled) + len(phrases)),
+                    *(b for b, _ in others),
+                ]
+            ),
             boxes_R4=torch.cat([item.boxes_R4 for item in good]),
             region_image_R=_long(region_image),
             image_id_B=_long(image_ids),
             caption_owner_M=_long([image_ids[b] for b in caption_image]),
-            caption_text_M=_long([stable_id("text", c.strip().lower()) for c in captions]),
+            caption_text_M=_long(list(map(_text_id, captions))),
             entity_id_R=_long([stable_id("entity", item.key, e) for item in good for e in item.entities]),
             phrase_text_R=_long([stable_id("text", normalise_phrase(p)) for p in phrases]),
             texts_cut=sum(cut),
             broken=broken,
             embedded_texts=alone,
+            other_caption_X=_long([first_caption[b] + other.caption for b, other in others]),
+            other_kind_X=_long([other.kind for _, other in others]),
+            other_owner_X=_long(
+                [self._owner(image_ids[b], "negative", good[b].key, other.text) for b, other in others]
+            ),
+            other_text_X=_long([_text_id(other.text) for _, other in others]),
+            shuffled_id_H=_long(
+                [self._owner(image_ids[b], "shuffled", good[b].key, str(n)) for n, (b, _) in enumerate(shuffled)]
+            ),
+            shuffled_sample_H=_long([b for b, _ in shuffled]),
         )
+
+    def _owner(self, image_id: int, *negative: str) -> int:
+        return image_id if self.order_robust else stable_id(*negative)
 
 
 def _stack(pictures: list[Tensor]) -> Tensor:
@@ -175,6 +237,10 @@ def _stack(pictures: list[Tensor]) -> Tensor:
 
 def _long(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.long)
+
+
+def _text_id(caption: str) -> int:
+    return stable_id("text", caption.strip().lower())
 
 
 def stable_id(*parts: str) -> int:

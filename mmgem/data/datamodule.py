@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmgem.config import DataConfig, StageConfig
 from mmgem.data.batch import Batch, Broken, Collate, Item, Share
 from mmgem.data.order import Order, draws
+from mmgem.data.others import Others
 from mmgem.data.plan import refuse_missing_regions, stage_steps
 from mmgem.data.samples import OpenedPicture, SampleError
 from mmgem.data.sources import Sources
@@ -31,7 +32,7 @@ from mmgem.images import Preprocess
 from mmgem.text import TextCodec
 
 # Purposes of `draws`.
-CAPTIONS, REGIONS, VIEW, CACHED_VIEW = range(4)
+CAPTIONS, REGIONS, VIEW, CACHED_VIEW, OTHERS = range(5)
 
 
 class CachedPictures(Protocol):
@@ -61,6 +62,7 @@ class Reader(Dataset):
         self.dataset, self.data, self.stage = dataset, data, stage
         self.preprocess, self.seed, self.cache = preprocess, seed, cache
         self.order = Order(dataset.sizes, seed, data.window, data.lanes, dataset.order_sources)
+        self.others = Others(dataset, stage.negatives)
 
     def __getitems__(self, positions: Sequence[int]) -> list[Item | Broken]:
         """The positions of a batch, each an Item, with the broken ones whose place it took before it."""
@@ -108,21 +110,26 @@ class Reader(Dataset):
             number = int(draws(self.seed, epoch, index, VIEW).integers(self.stage.cached_views))
             view = cached_view(self.data, self.preprocess, self.seed, index, number, sample.width, sample.height)
             picture = self.cache.get(index, number)
-        captions = _choose(sample.captions, self.stage.captions_per_image, draws(self.seed, epoch, index, CAPTIONS))
+        chosen = _choose(
+            range(len(sample.captions)), self.stage.captions_per_image, draws(self.seed, epoch, index, CAPTIONS)
+        )
+        rng = draws(self.seed, epoch, index, OTHERS)
         regions: list[Any] = []
         boxes_R4 = torch.zeros(0, 4)
         if self.stage.max_regions:
             boxes_R4, kept = view.boxes([r.box for r in sample.regions])
-            chosen = _choose(range(len(kept)), self.stage.max_regions, draws(self.seed, epoch, index, REGIONS))
-            boxes_R4, regions = boxes_R4[list(chosen)], [sample.regions[kept[i]] for i in chosen]
+            drawn = _choose(range(len(kept)), self.stage.max_regions, draws(self.seed, epoch, index, REGIONS))
+            boxes_R4, regions = boxes_R4[list(drawn)], [sample.regions[kept[i]] for i in drawn]
         return Item(
             key=sample.key,
             picture=picture,
-            captions=tuple(captions),
+            captions=tuple(sample.captions[n] for n in chosen),
             boxes_R4=boxes_R4,
             phrases=tuple(r.phrase for r in regions),
             entities=tuple(r.entity or str(r.box) for r in regions),
             dropped=sample.dropped,
+            others=self.others.texts(sample, chosen, rng),
+            shuffled=self.others.pictures(picture, rng),
         )
 
 
@@ -216,14 +223,14 @@ class StageData(L.LightningDataModule):
         super().__init__()
         self.reader = Reader(dataset, data, stage, preprocess, seed, cache)
         loss = stage.loss
-        regions = stage.max_regions > 0
-        embed = loss.emb > 0 or (regions and loss.region_emb > 0)
         written_regions = stage.max_regions if stage.written_regions is None else stage.written_regions
         self.collate = Collate(
             codec,
             data.row_tokens,
-            embed=embed,
-            write_captions=loss.gen > 0,
+            embed=loss.needs_vectors(stage.max_regions > 0),
+            write_captions=loss.gen > 0 or loss.hard.written > 0,
+            write_others=loss.hard.written > 0,
+            order_robust=stage.negatives.order_robust,
             write_phrases=written_regions if loss.region_gen > 0 else 0,
         )
         self.data, self.stage, self.rank, self.ranks = data, stage, rank, ranks

@@ -55,10 +55,22 @@ def sum_of_caption_losses(
     softcap: float | None = None,
 ) -> Tensor:
     """Σ −log softmax(hidden · weightᵀ + bias)[label], in fp32; 0 without tokens. Products as autocast says."""
+    return caption_losses(hidden_TD, weight_VD, bias_V, labels_T, label_smoothing, softcap).sum()
+
+
+def caption_losses(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_T: Tensor,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """The terms of that sum, one a token: [T]."""
     device = hidden_TD.device.type
     products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
     with torch.autocast(device, enabled=False):
-        return _SumOfLosses.apply(hidden_TD, weight_VD, bias_V, labels_T, label_smoothing, softcap, products)
+        return _Losses.apply(hidden_TD, weight_VD, bias_V, labels_T, label_smoothing, softcap, products)
 
 
 def parts_of_vocabulary(tokens: int, words: int) -> list[slice]:
@@ -66,7 +78,7 @@ def parts_of_vocabulary(tokens: int, words: int) -> list[slice]:
     return [slice(start, min(start + width, words)) for start in range(0, words, width)]
 
 
-class _SumOfLosses(torch.autograd.Function):
+class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -93,13 +105,13 @@ class _SumOfLosses(torch.autograd.Function):
         normaliser_T = most_T + sum_T.log()
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, labels_T, normaliser_T)
         ctx.settings = label_smoothing, softcap, products
-        return (normaliser_T - (1 - label_smoothing) * own_T - label_smoothing / words * total_T).sum()
+        return normaliser_T - (1 - label_smoothing) * own_T - label_smoothing / words * total_T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, bias_V, labels_T, normaliser_T = ctx.saved_tensors
         label_smoothing, softcap, products = ctx.settings
-        factor = gradients[0]
+        factor_T1 = gradients[0][:, None]
         with torch.autocast(hidden_TD.device.type, enabled=False):
             dhidden_TD = torch.zeros_like(hidden_TD, dtype=normaliser_T.dtype)
             dweight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
@@ -114,7 +126,7 @@ class _SumOfLosses(torch.autograd.Function):
                 d_Tc[here, labels_T[here] - part.start] -= 1 - label_smoothing
                 if slope_Tc is not None:
                     d_Tc *= slope_Tc
-                d_Tc *= factor
+                d_Tc *= factor_T1
                 if dbias_V is not None:
                     dbias_V[part] = d_Tc.sum(dim=0)
                 d_Tc = d_Tc.to(products)

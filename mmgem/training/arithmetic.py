@@ -105,15 +105,16 @@ class TextCounts:
 
 
 def made_up_texts(stage: StageConfig, samples: int, tokens: int, codec: TextCodec, row_tokens: int) -> PackedTexts:
-    """A batch's texts if each sample has all its captions and boxes, and each text so many tokens of its own."""
+    """A batch's texts if each sample has all its captions, boxes and negatives, and each text so many tokens."""
     loss, regions = stage.loss, stage.max_regions
     captions, phrases = samples * stage.captions_per_image, samples * regions
     written = regions if stage.written_regions is None else stage.written_regions
-    texts = [_different(number, tokens) for number in range(captions + phrases)]
-    write = [loss.gen > 0] * captions
+    negatives = captions * stage.negatives.texts
+    texts = [_different(number, tokens) for number in range(captions + phrases + negatives)]
+    write = [loss.gen > 0 or loss.hard.written > 0] * captions
     write += [loss.region_gen > 0 and number % regions < written for number in range(phrases)]
-    embed = loss.emb > 0 or (regions > 0 and loss.region_emb > 0)
-    return pack_texts(texts, codec, row_tokens, embed=embed, write=write)
+    write += [loss.hard.written > 0] * negatives
+    return pack_texts(texts, codec, row_tokens, embed=loss.needs_vectors(regions > 0), write=write)
 
 
 def _different(number: int, tokens: int) -> list[int]:

@@ -136,7 +136,7 @@ class StepLog(L.Callback):
             "loss": pl_module.last["loss"],
             "loss_emb": pl_module.last.get("loss_emb"),
             "loss_gen": pl_module.last.get("loss_gen"),
-            **{k: v for k, v in pl_module.last.items() if k.startswith("loss_region")},
+            **{k: v for k, v in pl_module.last.items() if k.startswith(("loss_region", "loss_hard"))},
             "lr": pl_module.stage.lr * pl_module.lr_factor(batch_idx),
             "logit_scale": pl_module.last["logit_scale"],
             "regions": int(regions),

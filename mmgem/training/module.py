@@ -10,7 +10,7 @@ whole global batch: see `mmgem.losses.cached`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -20,18 +20,20 @@ from torch import Tensor
 from mmgem.config import StageConfig
 from mmgem.data.batch import Batch, Share
 from mmgem.losses.cached import Vectors, refuse_other_vectors, surrogate, vector_gradients
-from mmgem.losses.caption import caption_kernel, caption_loss
+from mmgem.losses.caption import caption_kernel, caption_loss, caption_losses
 from mmgem.losses.contrastive import contrastive_loss
 from mmgem.losses.gather import sum_over_ranks
+from mmgem.losses.negatives import focal_loss, hard_scores, intra_modal_loss, rank_loss, written_loss
 from mmgem.model import MMGem, Output
+from mmgem.negatives import KIND_NUMBERS
 from mmgem.precision import at_least_fp32
 from mmgem.ranks import Ranks
 from mmgem.training.optim import freeze, make_optimizer, schedule, set_modes
 from mmgem.training.strategy import Engine, repeated_blocks, share_out
 from mmgem.training.temperature import Temperature
 
-VECTOR_LOSSES = ("emb", "region_emb")
-WRITTEN_LOSSES = ("gen", "region_gen")
+VECTOR_LOSSES = ("emb", "region_emb", "hard_columns", "hard_rank", "hard_intra", "hard_focal")
+WRITTEN_LOSSES = ("gen", "region_gen", "hard_written")
 
 
 class NotFinite(Exception):
@@ -85,24 +87,32 @@ class StageModule(L.LightningModule):
 
     def _count(self, share: Share) -> dict[str, int]:
         """The losses with a weight that have something to count anywhere, and what they count over all ranks: captions,
-        boxes or tokens. All ranks then compute the same ones, for one without has its part in those of the others."""
-        captions = [batch.texts.label_text_T < batch.captions for batch in share.micros]
+        boxes, tokens or negatives. All ranks then compute the same ones, for one without has its part in those of the
+        others."""
+        of_texts = [_parts_of_texts(batch) for batch in share.micros]
+        negatives = 0 if self.stage.negatives.order_robust else sum(len(b.other_caption_X) for b in share.micros)
+        asked = sum(len(b.other_caption_X.unique()) for b in share.micros) if negatives else 0
         here = {
             "emb": sum(batch.captions for batch in share.micros),
             "region_emb": share.regions,
-            "gen": sum(int(of_caption_T.sum()) for of_caption_T in captions),
-            "region_gen": sum(int((~of_caption_T).sum()) for of_caption_T in captions),
+            "gen": sum(int(captions_T.sum()) for captions_T, _ in of_texts),
+            "region_gen": sum(int(phrases_T.sum()) for _, phrases_T in of_texts),
+            "hard_columns": sum(batch.captions for batch in share.micros),
+            "hard_rank": negatives,
+            "hard_intra": asked,
+            "hard_focal": asked,
+            "hard_written": negatives,
         }
         anywhere = sum_over_ranks(torch.tensor(list(here.values()), device=self.device)).tolist()
         counts = dict(zip(here, anywhere, strict=True))
-        return {name: count for name, count in counts.items() if count and getattr(self.stage.loss, name)}
+        return {name: count for name, count in counts.items() if count and self.stage.loss.weight(name)}
 
     def _at_once(self, engine: Engine, batch: Batch, counts: dict[str, int], step: int) -> dict[str, Tensor]:
         batch = batch.to(self.device)
         self._seed(step)
         out, sums = engine.forward(batch, write=True)
         losses = self._vector_losses(_vectors(out, batch), [batch], counts)
-        losses |= {name: caption_loss(sums[name], counts[name]) for name in sums if name in counts}
+        losses |= _written(sums, counts)
         loss = self._weighed(losses) + _nothing(out, sums)
         engine.backward(loss, last=True)
         return {"loss": loss.detach(), **{name: loss.detach() for name, loss in losses.items()}}
@@ -133,7 +143,7 @@ class StageModule(L.LightningModule):
             out, sums = engine.forward(batch, write=True, last=last)
             vectors = _vectors(out, batch)
             refuse_other_vectors(first[number], vectors)
-            written = {name: caption_loss(sums[name], counts[name]) for name in sums if name in counts}
+            written = _written(sums, counts)
             loss = surrogate(vectors, gradients[number]) + self._weighed(written) + _nothing(out, sums)
             engine.backward(loss, last)
             losses |= {name: losses[name] + part.detach() for name, part in written.items()}
@@ -152,40 +162,58 @@ class StageModule(L.LightningModule):
             self.from_trunk,
         )
         sums: dict[str, Tensor] = {}
-        loss = self.stage.loss
-        if write and (loss.gen or loss.region_gen):
-            of_caption_T = batch.texts.label_text_T < batch.captions
-            sums = self._sums_of_tokens(out.hidden_TD, batch.texts.labels_T, of_caption_T)
+        if write and any(self.stage.loss.weight(name) for name in WRITTEN_LOSSES):
+            sums = self._sums_of_tokens(out.hidden_TD, batch)
         return out, sums
 
-    def _sums_of_tokens(self, hidden_TD: Tensor, labels_T: Tensor, of_caption_T: Tensor) -> dict[str, Tensor]:
-        """Of captions and phrases, each where it has a weight; through the head once: ZeRO wants it so."""
-        language, loss = self.model.language, self.stage.loss
-        wanted = {"gen": of_caption_T, "region_gen": ~of_caption_T}
-        wanted = {name: chosen_T for name, chosen_T in wanted.items() if getattr(loss, name)}
+    def _sums_of_tokens(self, hidden_TD: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Of captions, phrases and negatives, each where it has a weight; through the head once: ZeRO wants it so."""
+        language, loss, labels_T = self.model.language, self.stage.loss, batch.texts.labels_T
+        wanted = dict(zip(("gen", "region_gen"), _parts_of_texts(batch), strict=True))
+        wanted = {name: chosen_T for name, chosen_T in wanted.items() if loss.weight(name)}
+        names = [*wanted, *(["hard_written"] if loss.hard.written else [])]
 
         def sums(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
             parts = []
             for chosen_T in wanted.values():
                 kernel = caption_kernel(self.caption_kernel, labels_T[chosen_T], loss.label_smoothing, language.softcap)
                 parts.append(kernel(hidden_TD[chosen_T], weight_VD, bias_V))
+            if loss.hard.written:
+                # Of captions without negatives not even the scores are needed.
+                of_T = _compared_texts(batch)[batch.texts.label_text_T]
+                cost_T = caption_losses(hidden_TD[of_T], weight_VD, bias_V, labels_T[of_T], softcap=language.softcap)
+                text_T = batch.texts.label_text_T[of_T]
+                tokens_M = torch.bincount(text_T, minlength=len(batch.text_vector_M))
+                log_p_M = -cost_T.new_zeros(len(tokens_M)).index_add(0, text_T, cost_T) / tokens_M.clamp(min=1)
+                negative_K = log_p_M[len(log_p_M) - len(batch.other_caption_X) :]
+                own_K = log_p_M[batch.other_caption_X]
+                parts.append(written_loss(negative_K, own_K, loss.hard.written_margin))
             return torch.stack(parts)
 
-        return dict(zip(wanted, language.with_head(hidden_TD, sums).unbind(), strict=True))
+        return dict(zip(names, language.with_head(hidden_TD, sums).unbind(), strict=True))
 
     def _vector_losses(self, vectors: Vectors, micros: Sequence[Batch], counts: dict[str, int]) -> dict[str, Tensor]:
-        """emb: images and their captions. region_emb: boxes and their phrases. Unweighted."""
-        v_BE, r_RE, captions_ME, phrases_RE = vectors
-        model, losses = self.model, {}
+        """emb: images and captions. region_emb: boxes and phrases. hard_…: with hard negatives. Unweighted."""
+        v_BE, r_RE, captions_ME, phrases_RE, others_XE, shuffled_HE = vectors
+        model, losses, robust = self.model, {}, self.stage.negatives.order_robust
 
         def ids(name: str) -> Tensor:
             return torch.cat([getattr(batch, name) for batch in micros]).to(self.device)
 
-        if "emb" in counts:
-            losses["emb"] = contrastive_loss(
-                v_BE, ids("image_id_B"), captions_ME, ids("caption_owner_M"), ids("caption_text_M"),
-                model.logit_scale, model.logit_bias, self.stage.loss.kind,
-            )  # fmt: skip
+        for name, with_others in (("emb", robust), ("hard_columns", True)):
+            if name not in counts:
+                continue
+            images, image_ids = v_BE, ids("image_id_B")
+            texts, owners, text_ids = captions_ME, ids("caption_owner_M"), ids("caption_text_M")
+            if with_others:
+                images, image_ids = torch.cat([images, shuffled_HE]), torch.cat([image_ids, ids("shuffled_id_H")])
+                texts, owners = torch.cat([texts, others_XE]), torch.cat([owners, ids("other_owner_X")])
+                text_ids = torch.cat([text_ids, ids("other_text_X")])
+            losses[name] = contrastive_loss(
+                images, image_ids, texts, owners, text_ids, model.logit_scale, model.logit_bias, self.stage.loss.kind
+            )
+        if {"hard_rank", "hard_intra", "hard_focal"} & counts.keys():
+            losses |= self._hard_losses(v_BE, captions_ME, others_XE, micros, counts)
         if "region_emb" in counts:
             entities = ids("entity_id_R")
             losses["region_emb"] = contrastive_loss(
@@ -194,8 +222,34 @@ class StageModule(L.LightningModule):
             )  # fmt: skip
         return losses
 
+    def _hard_losses(
+        self,
+        v_BE: Tensor,
+        captions_ME: Tensor,
+        others_XE: Tensor,
+        micros: Sequence[Batch],
+        counts: dict[str, int],
+    ) -> dict[str, Tensor]:
+        images, captions = 0, 0
+        image_M, caption_X = [], []
+        for batch in micros:
+            image_M.append(batch.text_vector_M[: batch.captions] + images)
+            caption_X.append(batch.other_caption_X + captions)
+            images, captions = images + batch.samples, captions + batch.captions
+        picture_ME = v_BE[torch.cat(image_M).to(self.device)]
+        kind_X = torch.cat([batch.other_kind_X for batch in micros]).to(self.device)
+        caption_X = torch.cat(caption_X).to(self.device)
+        scores = hard_scores(picture_ME, captions_ME, others_XE, caption_X, kind_X, self.model.logit_scale)
+        hard = self.stage.loss.hard
+        made: dict[str, Callable[[int], Tensor]] = {
+            "hard_rank": lambda count: rank_loss(scores, count, len(KIND_NUMBERS) + 1),
+            "hard_intra": lambda count: intra_modal_loss(scores, count),
+            "hard_focal": lambda count: focal_loss(scores, count, hard.focal_gamma, hard.focal_smoothing),
+        }
+        return {name: loss(counts[name]) for name, loss in made.items() if name in counts}
+
     def _weighed(self, losses: dict[str, Tensor]) -> Tensor:
-        terms = (getattr(self.stage.loss, name) * value for name, value in losses.items())
+        terms = (self.stage.loss.weight(name) * value for name, value in losses.items())
         return sum(terms, start=torch.zeros((), device=self.device))
 
     def _seed(self, step: int, micro: int = 0) -> None:
@@ -233,11 +287,12 @@ class StageModule(L.LightningModule):
         found: list[str] = []
         vectors: list[str] = []
         for number, batch in enumerate(share.micros):
-            found += [batch.keys[i] for i in bad(batch.pictures).nonzero()[:, 0].tolist()]
+            found += [batch.keys[i] for i in bad(batch.pictures[: batch.samples]).nonzero()[:, 0].tolist()]
             batch = batch.to(self.device)
             self._seed(step, number)
             out, _ = engine.forward(batch, write=False)
-            owner_BR = torch.cat([torch.arange(len(batch.keys), device=self.device), batch.region_image_R])
+            own_B = torch.arange(batch.samples, device=self.device)
+            owner_BR = torch.cat([own_B, batch.shuffled_sample_H, batch.region_image_R])
             owner_M = owner_BR[batch.text_vector_M][: len(out.t_ME)]
             owners = torch.cat([owner_BR[bad(torch.cat([out.v_BE, out.r_RE]))], owner_M[bad(out.t_ME)]])
             vectors += [batch.keys[i] for i in owners.unique().tolist()]
@@ -266,8 +321,30 @@ class ShardedStageModule(StageModule):
 
 
 def _vectors(out: Output, batch: Batch) -> Vectors:
-    """Images, boxes, captions, phrases."""
-    return out.v_BE, out.r_RE, out.t_ME[: batch.captions], out.t_ME[batch.captions :]
+    """Images, boxes, captions, phrases; texts and pictures made of these."""
+    counts = (batch.captions, len(batch.boxes_R4), len(batch.other_caption_X))
+    texts = out.t_ME.split(counts) if len(out.t_ME) else (out.t_ME,) * 3  # none, where nothing asks for them
+    return out.v_BE[: batch.samples], out.r_RE, *texts, out.v_BE[batch.samples :]
+
+
+def _parts_of_texts(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which labels are of captions, and which of phrases; the others are of texts made of captions."""
+    text_T = batch.texts.label_text_T
+    of_captions_T = text_T < batch.captions
+    return of_captions_T, ~of_captions_T & (text_T < batch.captions + len(batch.boxes_R4))
+
+
+def _compared_texts(batch: Batch) -> Tensor:
+    """[M] negatives, and captions that have some."""
+    of_M = torch.zeros(len(batch.text_vector_M), dtype=torch.bool, device=batch.text_vector_M.device)
+    of_M[batch.other_caption_X] = True
+    of_M[len(of_M) - len(batch.other_caption_X) :] = True
+    return of_M
+
+
+def _written(sums: dict[str, Tensor], counts: dict[str, int]) -> dict[str, Tensor]:
+    """This rank's and micro-batch's part of each mean."""
+    return {name: caption_loss(sums[name], counts[name]) for name in sums if name in counts}
 
 
 def _nothing(out: Output, sums: dict[str, Tensor]) -> Tensor:

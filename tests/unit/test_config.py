@@ -254,6 +254,33 @@ def test_wrong_types_are_refused_with_their_place(file: Path, override: str, pla
             "patch_dropout does nothing to cached_views",
         ),
         (["stages.0.freeze=[vision, llm, projections]"], "everything is frozen"),
+        (["stages.0.loss.hard.rank=0.2"], "loss.hard.rank needs negative texts: set negatives.texts to 1 or more"),
+        (["stages.0.loss.hard.columns=1"], "loss.hard.columns needs negatives: set negatives.texts or negatives.pict"),
+        (["stages.0.loss.hard.rank=-1", "stages.0.negatives.texts=1"], "loss: a weight is below 0"),
+        (["stages.0.negatives.texts=1"], "negatives are made, and no loss uses them: give one of loss.hard a weight"),
+        (
+            ["stages.0.negatives={texts: 1, kinds: [color]}", "stages.0.loss.hard.rank=1"],
+            "negatives.kinds: no rule makes color; the kinds are colour, size",
+        ),
+        (["stages.0.negatives={texts: 1, kinds: []}", "stages.0.loss.hard.rank=1"], "negatives.kinds names no kind"),
+        (
+            ["stages.0.negatives={pictures: 1, patches: 1}", "stages.0.loss.hard.columns=1"],
+            "patches must be at least 2",
+        ),
+        (
+            [
+                "stages.0.negatives.pictures=1",
+                "stages.0.loss.hard.columns=1",
+                "stages.0.cached_views=4",
+                "stages.0.freeze=[vision]",
+            ],
+            "negatives.pictures does nothing to cached_views",
+        ),
+        (
+            ["stages.0.negatives={texts: 1, kinds: [shuffle], order_robust: true}", "stages.0.loss.hard.columns=1"],
+            "order_robust makes positives, and loss.hard is for negatives",
+        ),
+        (["stages.0.negatives={texts: 1, order_robust: true}"], "order_robust is for words in another order: set"),
     ],
 )
 def test_contradictions_are_refused(file: Path, overrides: list[str], match: str):
@@ -271,6 +298,9 @@ def test_contradictions_are_refused(file: Path, overrides: list[str], match: str
         ["stages.1.loss={emb: 0, gen: 0, region_gen: 0}"],
         ["model.llm.config={}", "model.llm.name=org/llm"],
         ["model.vision={library: open_clip, config_file: x.json}"],
+        ["stages.0.negatives={texts: 1, source: data, kinds: [llm]}", "stages.0.loss.hard.written=1"],
+        ["stages.0.negatives={texts: 1, pictures: 1, kinds: [shuffle], order_robust: true}"],
+        ["stages.0.negatives.pictures=1", "stages.0.loss={emb: 0, hard: {columns: 1}}"],
     ],
 )
 def test_what_only_looks_like_a_contradiction_is_taken(file: Path, overrides: list[str]):

@@ -1,0 +1,150 @@
+"""Rule-made hard negatives: what each rule makes of a text, and what is made of samples and pictures in training."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from test_tasks import make_sample
+
+from mmgem.config import NegativesConfig
+from mmgem.data.others import Others, shuffled_patches, stored_negatives
+from mmgem.data.scenes import iter_scenes
+from mmgem.errors import UserError
+from mmgem.negatives import COLOURS, KINDS, negatives_of, words_of
+
+
+def made(text: str, kind: str, tries: int = 40, **options: object) -> set[str]:
+    """All that the rule makes in so many tries."""
+    rng = Random(0)
+    found = [negatives_of(text, [kind], rng, **options) for _ in range(tries)]  # type: ignore[arg-type]
+    assert all(one.kind == kind for some in found for one in some)
+    return {one.text for some in found for one in some}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "among"),
+    [
+        ("colour", "A red ball.", {"A blue ball.", "An orange ball."}),
+        ("size", "a small dog", {"a large dog"}),
+        ("count", "Two dogs run", {"Three dogs run", "Four dogs run"}),
+        ("relation", "a cat to the left of a dog", {"a cat to the right of a dog"}),
+        ("relation", "Above a cube there is a ball", {"Below a cube there is a ball"}),
+        ("verb", "a man sitting down", {"a man running down"}),
+        ("swap", "a red cube and a blue ball", {"a blue cube and a red ball"}),
+        ("swap", "an orange cube with a red ball", {"a red cube with an orange ball"}),
+        ("exchange", "A man is behind a big dog .", {"A big dog is behind a man ."}),
+        ("exchange", "a cube above the ball, on sand", {"the ball above a cube, on sand"}),
+        ("negation", "a dog with a ball", {"a dog without a ball"}),
+        ("negation", "a cube but no ball", {"a cube and a ball"}),
+        ("negation", "a dog is running", {"a dog is not running"}),
+        ("shuffle", "one two three four five", {"four five one two three"}),
+    ],
+)
+def test_each_rule(kind: str, text: str, among: set[str]) -> None:
+    found = made(text, kind)
+    assert among <= found
+    assert text not in found
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("colour", "a dog"), ("size", "a dog"), ("count", "a dog"), ("count", "one dog"), ("relation", "a dog"),
+        ("verb", "a building"), ("swap", "a black and white dog"), ("swap", "a red cube and a red ball"),
+        ("swap", "two dogs, one black and one white"), ("exchange", "a cube and a ball"),
+        ("exchange", "a cube with a ball"), ("exchange", "a cube at the top"), ("negation", "a dog"),
+        ("shuffle", "a small dog"), ("shuffle", ""),
+    ],
+)  # fmt: skip
+def test_nothing_where_nothing_can_be_changed(kind: str, text: str) -> None:
+    assert made(text, kind) == set()
+
+
+def test_words_of_the_picture_and_words_that_are_never_used_are_not_put_in() -> None:
+    every = made("a red ball", "colour", 300)
+    assert len(every) == len(COLOURS) - 1
+    assert "a blue ball" not in made("a red ball", "colour", 300, avoid={"blue"})
+    frequency = words_of(["green grass", "green and blue", "green"])
+    assert made("a red ball", "colour", 300, frequency=frequency) == {"a green ball", "a blue ball"}
+    rng = Random(0)
+    drawn = [negatives_of("a red ball", ["colour"], rng, frequency=frequency)[0].text for _ in range(400)]
+    assert drawn.count("a green ball") == pytest.approx(300, abs=40)
+
+
+def test_several_are_of_different_kinds_and_seeded() -> None:
+    text = "Two small red cubes to the left of a blue ball with a dog"
+    found = negatives_of(text, list(KINDS), Random(1), count=5)
+    assert len({one.kind for one in found}) == 5 and len({one.text for one in found}) == 5
+    assert found == negatives_of(text, list(KINDS), Random(1), count=5)
+    assert len(negatives_of("a red ball", ["colour"], Random(0), count=3)) == 3
+    with pytest.raises(UserError, match="unknown kind of negative 'color'; the kinds are colour, size"):
+        negatives_of("a red ball", ["color"], Random(0))
+
+
+def test_on_captions_of_scenes_nothing_is_left_broken() -> None:
+    rng = Random(5)
+    for scene in iter_scenes(0, "train", 40):
+        for caption in scene.captions:
+            for one in negatives_of(caption, list(KINDS), rng, count=9):
+                assert one.text.strip() == one.text and "  " not in one.text and one.text != caption
+                assert one.kind == "shuffle" or not [
+                    w for w in (" a orange", " an red", " a an ", " an a ") if w in f" {one.text} "
+                ], one
+                if one.kind in ("swap", "exchange"):
+                    both = (re.findall(r"\w+", text) for text in (caption, one.text))
+                    kept = [sorted(word for word in words if word not in ("a", "an")) for words in both]
+                    assert kept[0] == kept[1], one
+
+
+class Captions:
+    """The part of Sources that counting words needs."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return ("a red ball", "a blue ball", "a green cube")[index : index + 1]
+
+
+def test_texts_of_a_sample() -> None:
+    wanted = NegativesConfig(texts=2, kinds=["colour"])
+    sample = make_sample("a", "red", "blue", ["a red ball", "a blue thing", "here"])
+    others = Others(Captions(), wanted).texts(sample, [0, 2], np.random.default_rng(0))  # type: ignore[arg-type]
+    # Of the data's colours red is the caption's and blue the picture's; "here" has no colour.
+    assert [(one.caption, one.text) for one in others] == [(0, "a green ball")]
+    assert Others(Captions(), NegativesConfig()).texts(sample, [0], np.random.default_rng(0)) == ()  # type: ignore[arg-type]
+
+
+def test_negatives_that_lie_with_a_sample() -> None:
+    stored = [
+        {"text": "a blue ball", "kind": "colour", "caption": 0},
+        {"text": "no ball", "kind": "llm"},
+        {"text": "x", "kind": "colour", "caption": 1},
+        {"text": 3, "kind": "colour"},
+        "nonsense",
+    ]
+    sample = make_sample("a", "red", "blue", ["a red ball", "two"])
+    sample = replace(sample, meta={"negatives": stored})
+    assert {n: [one.text for one in some] for n, some in stored_negatives(sample, []).items()} == {
+        0: ["a blue ball", "no ball"],
+        1: ["x"],
+    }
+    assert [one.text for one in stored_negatives(sample, ["llm"])[0]] == ["no ball"]
+
+
+def test_patches_change_places_and_nothing_else() -> None:
+    image = torch.arange(2 * 7 * 7, dtype=torch.float32).view(2, 7, 7)
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        other = shuffled_patches(image, 3, rng)
+        assert not torch.equal(other, image)
+        assert torch.equal(other[:, :6, :6].flatten(1).sort().values, image[:, :6, :6].flatten(1).sort().values)
+        assert torch.equal(other[:, 6:], image[:, 6:]) and torch.equal(other[..., 6:], image[..., 6:])
+        assert {
+            tuple(p.flatten().tolist()) for p in other[0, :6, :6].unfold(0, 2, 2).unfold(1, 2, 2).reshape(9, 4)
+        } == {tuple(p.flatten().tolist()) for p in image[0, :6, :6].unfold(0, 2, 2).unfold(1, 2, 2).reshape(9, 4)}
