@@ -19,6 +19,7 @@ from typing import Any
 from mmgem import __version__
 from mmgem.cli_data import add_data, add_debug, run_data
 from mmgem.cli_eval import add_compare, add_eval, add_model, add_search, reachable_model, run_compare, run_eval
+from mmgem.cli_refine import add_refine, add_thresholds, run_refine, run_thresholds
 from mmgem.errors import UserError
 from mmgem.memory import keep_freed_memory
 
@@ -254,6 +255,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "regions": ("caption, embed and compare boxes of a picture", add_regions, run_regions),
     "embed": ("vectors of pictures or texts, into a file", add_embed, run_embed),
     "search": ("the nearest of a file of vectors to texts or pictures", add_search_command, run_search),
+    "refine": ("raw pairs made trustworthy: a gate, texts and pictures made anew", add_refine, run_refine),
+    "refine thresholds": ("what other thresholds of a refinement would keep", add_thresholds, run_thresholds),
     "export": ("a run's model as a folder to use and share, with a model card", add_export, run_export),
 }
 

@@ -207,11 +207,20 @@ def _draw_pairs(rng: Random, count: int, split: str) -> list[tuple[str, str]]:
 
 
 def placed_item(
-    look: Item, items: Sequence[Item], masks: Sequence[Image.Image], rng: Random
+    look: Item,
+    items: Sequence[Item],
+    masks: Sequence[Image.Image],
+    rng: Random,
+    place: str | None = None,
 ) -> tuple[Item, Image.Image] | None:
-    """`look` somewhere in front of `items`, smaller where it fits nowhere; None: not even small."""
+    """`look` somewhere, or at a place, in front of `items`, smaller where it fits nowhere; None: not even small."""
     taken = {_cell(item) for item in items}
     cells = [(column, row) for row in range(3) for column in range(3) if (column, row) not in taken]
+    if place is not None:
+        row, column = divmod(PLACES.index(place), 3)
+        cells = [cell for cell in cells if cell == (column, row)]
+    if not cells:
+        return None
     for size in SIZES[SIZES.index(look.size) :: -1]:
         for _ in range(30):
             column, row = rng.choice(cells)
