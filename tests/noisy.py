@@ -36,7 +36,9 @@ def noisy_scenes(out: Path, count: int, *, seed: int = 0, size: int = 112, a_tar
                     buffer = io.BytesIO()
                     scene.image.save(buffer, "JPEG", quality=95, subsampling=0)
                     _add(tar, f"s{n:06d}.jpg", buffer.getvalue())
-                record = {"kind": kinds[n]} | ({} if kinds[n] == "no text" else {"caption": text, "truth": {text: right}})
+                record = {"kind": kinds[n]} | (
+                    {} if kinds[n] == "no text" else {"caption": text, "truth": {text: right}}
+                )
                 _add(tar, f"s{n:06d}.json", json.dumps(record).encode())
     return {kind: kinds.count(kind) for kind in ("right", "wrong", "no text", "no image")}
 

@@ -120,7 +120,8 @@ def _swapped_counts(rng: Random) -> _Content | None:
 def _negated(rng: Random) -> _Content | None:
     """A red cube but no blue ball; a blue ball but no red cube; beside either the same third object."""
     one, other = _two(rng)
-    third = rng.choice([pair for pair in SEEN if pair not in (one, other)])
+    # As `other`, so that its words do not tell which of the two is asked for.
+    third = rng.choice([pair for pair in SEEN if _apart(one, pair) and pair != other])
     items = _placed([one, third], rng)
     if items is None:
         return None
@@ -147,12 +148,17 @@ KINDS: dict[str, Callable[[Random], _Content | None]] = {
 
 
 def _two(rng: Random) -> list[tuple[str, str]]:
-    """(colour, shape) of two objects that have neither in common; and known from training with colours exchanged."""
+    """(colour, shape) of two objects."""
     while True:
-        (colour, shape), (other_colour, other_shape) = rng.sample(SEEN, 2)
-        exchanged = {(colour, other_shape), (other_colour, shape)}
-        if colour != other_colour and shape != other_shape and exchanged <= set(SEEN):
-            return [(colour, shape), (other_colour, other_shape)]
+        one, other = rng.sample(SEEN, 2)
+        if _apart(one, other):
+            return [one, other]
+
+
+def _apart(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether they have neither in common; and with colours exchanged they are known from training."""
+    exchanged = {(one[0], other[1]), (other[0], one[1])}
+    return one[0] != other[0] and one[1] != other[1] and exchanged <= set(SEEN)
 
 
 def _placed(looks: Sequence[tuple[str, str]], rng: Random) -> list[Item] | None:

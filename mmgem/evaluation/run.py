@@ -6,6 +6,7 @@ data, and tasks on data without the regions or captions they need, all before a 
 """
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,8 @@ def evaluate(
         raise UserError(f"--batch-size {batch_size}: at least 1")
     if options is not None and options.queries < 1:
         raise UserError(f"--queries {options.queries}: at least 1")
+    if options is not None and not (math.isfinite(options.alpha) and options.alpha >= 0):
+        raise UserError(f"--alpha {options.alpha}: a number of 0 or more, 1 as a rule")
     chosen = _chosen(tasks)
     of_split = [task for task in chosen if isinstance(task, SplitTask)]
     if not models:
@@ -77,6 +80,9 @@ def evaluate(
         raise UserError(f"crop_baseline names {sorted(unknown)}, the models are {list(models)}")
     dataset = _open(Path(data), split, of_split) if of_split else None
     options = replace(options or TaskOptions(), split=split, data=Path(data).name, ranks=ranks)
+    for task in chosen:
+        if isinstance(task, LayoutTask):
+            task.check(Path(data), options)
     results: Results = {}
     facts: list[tuple[str, str]] = []
     encoded: Encoded | None = None
@@ -247,9 +253,9 @@ def _about(
     text = settings.read_text(encoding="utf-8") if settings and settings.is_file() else ""
     shown = [*facts, *describe_config(text)]
     if dataset is not None and encoded is not None:
-        counts = dataset.totals
+        captions = sum(map(len, encoded.captions))
         data = f"{options.data}/{options.split}: {len(encoded.keys):,} images"
-        data += f", {counts.get('captions', 0):,} captions, {counts.get('regions', 0):,} regions"
+        data += f", {captions:,} captions, {dataset.totals.get('regions', 0):,} regions"
         shown.append(("Evaluated on", data))
     if encoded is not None and encoded.skipped:
         named = "; ".join(encoded.skipped[:3]) + (" …" if len(encoded.skipped) > 3 else "")

@@ -156,9 +156,9 @@ def _open_clip(name: str, rest: str, _: Sequence[Encoder], device: str) -> Encod
     import open_clip
 
     # A folder of open_clip's is `local-dir:PATH`, which has a colon of its own.
-    model_name, _, weights = (rest, "", "") if rest.startswith("local-dir:") else rest.partition(":")
+    model_name, _sep, weights = (rest, "", "") if rest.startswith("local-dir:") else rest.partition(":")
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(model_name, pretrained=weights or None)
+        model, _train, preprocess = open_clip.create_model_and_transforms(model_name, pretrained=weights or None)
         return OpenClip(name, model.eval(), preprocess, open_clip.get_tokenizer(model_name))
     except (RuntimeError, OSError, ValueError) as e:
         raise UserError(f"--encoder {name}: cannot be loaded ({one_line(e)[:200]})") from e

@@ -264,17 +264,31 @@ def test_indexes_of_another_model(model: Path, picture: Path, tmp_path: Path, ca
     assert f"{index}: no such file" in refused(capsys, *search, "--text", "a")
     index.write_bytes(b"no index")
     assert "not what `mmgem embed` writes" in refused(capsys, *search, "--text", "a")
+    np.save(tmp_path / "plain.npy", np.ones((2, 32), dtype=np.float32))
+    plain = ("search", "--model", model, "--index", tmp_path / "plain.npy", "--text", "a")
+    assert "not what `mmgem embed` writes" in refused(capsys, *plain)
+    unit = np.eye(2, 32, dtype=np.float32)
+    for vectors, names, why in (
+        (unit, np.array("ab"), "not what `mmgem embed` writes"),
+        (np.array(["a", "b"]), np.array(["a", "b"]), "not what `mmgem embed` writes"),
+        (unit * np.nan, np.array(["a", "b"]), "vector 0 is not of length 1"),
+        (unit * [[1], [100]], np.array(["a", "b"]), "vector 1 is not of length 1"),
+    ):
+        np.savez(index, vectors=vectors, names=names)
+        assert why in refused(capsys, *search, "--text", "a")
     np.savez(index, vectors=np.ones((2, 48), dtype=np.float32), names=np.array(["a", "b"]))
     message = refused(capsys, *search, "--text", "a")
     assert message.startswith(f"{index}: its vectors have 48 numbers, those of this model 32: another model made it")
     assert main(["embed", "--model", str(model), "--images", str(picture), "--out", str(index)]) == 0
     with np.load(index) as file:
         content = dict(file)
-    np.savez(index, **{**content, "probe": -content["probe"]})
-    assert f"{index}: another model made these vectors" in refused(capsys, *search, "--text", "a")
+    for probe in (-content["probe"], content["probe"] * np.nan, content["probe"][:3]):
+        np.savez(index, **{**content, "probe": probe})
+        assert f"{index}: another model made these vectors" in refused(capsys, *search, "--text", "a")
     np.savez(index, **content)
     assert "nothing to search for" in refused(capsys, *search)
     assert "--text: the text is empty" in refused(capsys, *search, "--text", " ")
+    assert "no text in UTF-8" in refused(capsys, *search, "--text", "\udcff")
     assert "-k 0: at least 1" in refused(capsys, *search, "--text", "a", "-k", "0")
 
 
@@ -353,7 +367,12 @@ def test_eval_of_a_split_without_captions(tiny: Tiny, model: Path, tmp_path: Pat
     assert message.startswith(f"{data}: split train has no captions; captioning needs captions")
     assert main([str(a) for a in ("eval", "all", *options)]) == 0
     written = json.loads((out / "metrics.json").read_text())
-    assert [result["task"] for result in written] == ["region-retrieval", "region-captioning", "similarity-map"]
+    assert [result["task"] for result in written] == [
+        "region-retrieval",
+        "region-captioning",
+        "similarity-map",
+        "composition",
+    ]
 
 
 def test_broken_pictures_are_skipped_counted_and_named(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:

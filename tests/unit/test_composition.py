@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,18 +82,21 @@ def winoground(root: Path) -> Path:
 
 
 def sugarcrepe(root: Path) -> Path:
-    """In COCO's folder for the pictures, beside the files'."""
-    colour(root / "val2017" / "000000000001.jpg", "red")
-    item = {"filename": "000000000001.jpg", "caption": "a red ball", "negative_caption": "a blue ball"}
-    write(root / "data" / "replace_att.json", {"0": item})
-    write(
-        root / "data" / "swap_att.json", {"0": item | {"caption": "red and blue", "negative_caption": "blue and red"}}
-    )
+    """In COCO's folder for the pictures, beside the files'. The last negative is the caption itself."""
+    names = [colour(root / "val2017" / f"00000000000{n}.jpg", c) for n, c in ((1, "red"), (2, "blue"))]
+    items = [
+        {"filename": names[1], "caption": "a blue ball", "negative_caption": "a red ball"},
+        {"filename": names[0], "caption": "red and blue", "negative_caption": "blue and red"},
+        {"filename": names[0], "caption": "a red ball", "negative_caption": "a red  ball "},
+    ]
+    write(root / "data" / "replace_att.json", {"0": items[0]})
+    write(root / "data" / "swap_att.json", {"0": items[1], "1": items[2]})
     return root
 
 
 def aro(root: Path) -> Path:
-    """The part cut out is blue on the right half of the picture. A relation with one item, one with two."""
+    """The part cut out is blue on the right half of the picture. A relation with one item, one with two, and one that
+    ARO's authors leave out. Of the shuffled captions the last is the caption itself."""
     path = root / "images" / "1.jpg"
     colour(path, "red", (16, 8))
     whole = Image.open(path)
@@ -100,11 +104,12 @@ def aro(root: Path) -> Path:
     whole.save(root / "images" / "1.png")
     part = {"image_path": "1.png", "bbox_x": 8, "bbox_y": 0, "bbox_w": 8, "bbox_h": 8}
     right = part | {"true_caption": "the blue is on", "false_caption": "the red is on", "relation_name": "on"}
-    wrong = part | {"true_caption": "the red is by", "false_caption": "the blue is by", "relation_name": "by"}
-    write(root / "visual_genome_relation.json", [right, wrong, wrong])
+    wrong = part | {"true_caption": "the red is in", "false_caption": "the blue is in", "relation_name": "in"}
+    symmetric = wrong | {"relation_name": "next to"}
+    write(root / "visual_genome_relation.json", [right, wrong, wrong, symmetric])
     pairs = [part | {"true_caption": "blue", "false_caption": "red", "attributes": [n, "z"]} for n in "a" * 25 + "b"]
     write(root / "visual_genome_attribution.json", pairs)
-    options = ["a red cat", "cat a red", "red cat a", "a cat red", "red a cat"]
+    options = ["a red cat", "cat a red", "red cat a", "a cat red", "a red cat"]
     write(root / "flickr30k_order.json", [{"image": "1.jpg", "caption_options": options}])
     return root
 
@@ -112,18 +117,20 @@ def aro(root: Path) -> Path:
 def crepe(root: Path) -> Path:
     colour(root / "VG_100K" / "7.jpg", "green", (20, 20))
     columns = {"image_id": 7, "x": 2, "y": 2, "width": 10, "height": 99, "caption": "a green tree"}
-    for file, more in (
-        ("prod_vg_hard_negs_swap_complexity_4.csv", {"hard_negs": repr(["a red tree", "a blue tree's top"])}),
+    red = columns | {"image_id": colour(root / "VG_100K" / "8.jpg", "red", (20, 20))[0], "caption": "a red tree"}
+    for file, own, more in (
+        ("prod_vg_hard_negs_swap_complexity_4.csv", columns, {"hard_negs": repr(["a red tree", "a blue tree's top"])}),
         (
             "syst_vg_hard_negs_seen_compounds_in_cc12m.csv",
-            {"valid_hard_negs_atom": repr(["a red tree"]), "valid_hard_negs_comp": repr([])},
+            red,
+            {"valid_hard_negs_atom": repr(["a green tree"]), "valid_hard_negs_comp": repr([])},
         ),
     ):
         (root / "crepe").mkdir(exist_ok=True)
-        with (root / "crepe" / file).open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, [*columns, *more])
+        with (root / "crepe" / file).open("w", newline="", encoding="utf-8-sig") as opened:
+            writer = csv.DictWriter(opened, [*own, *more])
             writer.writeheader()
-            writer.writerow(columns | more)
+            writer.writerow(own | more)
     return root
 
 
@@ -139,10 +146,12 @@ def spec(root: Path) -> Path:
 
 def valse(root: Path) -> Path:
     """One that the annotators doubted."""
-    colour(root / "images" / "s_1.jpg", "red")
-    item = {"dataset": "SWiG", "image_file": "s_1.jpg", "caption": "a red one", "foil": "a blue one"}
-    content = {"a_0": item | {"mturk": {"foil": 0, "caption": 3, "other": 0}}}
-    write(root / "actant-swap.json", content | {"a_1": item | {"mturk": {"foil": 2, "caption": 1, "other": 0}}})
+    red, blue = (colour(root / "images" / f"s_{n}.jpg", c) for n, c in ((1, "red"), (2, "blue")))
+    said = {"caption": "a red one", "foil": "a blue one", "dataset": "SWiG"}
+    valid, doubted = ({"mturk": {"foil": 3 - n, "caption": n, "other": 0}} for n in (3, 1))
+    other = {"caption": "a blue one", "foil": "a red one", "image_file": blue}
+    content = {"a_0": said | valid | {"image_file": red}, "a_1": said | valid | other}
+    write(root / "actant-swap.json", content | {"a_2": said | doubted | {"image_file": red}})
     return root
 
 
@@ -181,7 +190,8 @@ def test_winoground_by_hand(tmp_path: Path) -> None:
     assert "winoground_blind_vector_image" not in got
     chance = {score: result.chance[f"winoground_vector_{score}"] for score in ("text", "image", "group")}
     assert chance == {"text": 0.25, "image": 0.25, "group": pytest.approx(1 / 6)}
-    assert result.protocol["benchmarks"] == {"winoground": {"items": 2, "left_out": 0}}
+    assert result.protocol["benchmarks"] == {"winoground": {"items": 2, "unreadable": 0, "equal": 0, "images": 4}}
+    assert result.chance["winoground_blind_vector_text"] == 0 and got["winoground_vector_text_subset_mean"] == 0.5
     assert result.protocol["images"] == 4 and result.protocol["split"] == ""
 
 
@@ -208,21 +218,22 @@ def test_every_layout_in_one_folder(tmp_path: Path) -> None:
     got = result.metrics
     assert list(result.protocol["benchmarks"]) == sorted(LAYOUTS)
     assert {name: counts["items"] for name, counts in result.protocol["benchmarks"].items()} == {
-        "aro": 30,
+        "aro": 31,
         "crepe": 2,
         "spec": 2,
         "sugarcrepe": 2,
-        "valse": 1,
+        "valse": 2,
         "winoground": 2,
     }
     assert (got["sugarcrepe_vector_text_replace_att"], got["sugarcrepe_vector_text_swap_att"]) == (1.0, 0.0)
     assert got["sugarcrepe_generative_text_swap_att"] == 1.0 and got["sugarcrepe_vector_text"] == 0.5
     # The right half alone is blue; the whole picture is neither.
-    assert got["aro_vector_text_vg_relation"] == pytest.approx(1 / 3)
+    assert result.protocol["benchmarks"]["sugarcrepe"]["equal"] == 1
+    assert got["aro_vector_text_vg_relation"] == pytest.approx(1 / 4)
     assert got["aro_vector_text_macro_vg_relation"] == pytest.approx(1 / 2)
     assert got["aro_vector_text_macro_vg_attribution"] == pytest.approx(1)
     assert got["aro_vector_text_flickr30k_order"] == 0.0
-    assert result.chance["aro_vector_text_flickr30k_order"] == pytest.approx(1 / 5)
+    assert result.chance["aro_vector_text_flickr30k_order"] == pytest.approx(1 / 4)
     assert (
         got["crepe_vector_text_prod_swap_complexity_4"]
         == got["crepe_vector_text_syst_seen_compounds_in_cc12m_atom"]
@@ -262,9 +273,9 @@ def test_a_model_that_writes_nothing_is_judged_by_vector(tmp_path: Path) -> None
 def test_pictures_that_lie_elsewhere_and_those_that_are_missing(tmp_path: Path) -> None:
     data = made(tmp_path / "data", "sugarcrepe")
     (data / "sugarcrepe/val2017").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"picture 000000000001.jpg: in none of .*data/sugarcrepe.*--images DIR"):
+    with pytest.raises(UserError, match=r"picture 000000000002.jpg: in none of .*data/sugarcrepe.*--images DIR"):
         read_composition(data)
-    assert len(read_composition(data, [tmp_path / "elsewhere"])["sugarcrepe"]) == 2
+    assert len(read_composition(data, [tmp_path / "elsewhere"])["sugarcrepe"].items) == 2
     with pytest.raises(UserError, match=r"nosuch: no such folder \(--images\)"):
         read_composition(data, [tmp_path / "nosuch"])
 
@@ -273,7 +284,7 @@ def test_broken_pictures_are_counted_with_their_items(tmp_path: Path) -> None:
     data = made(tmp_path, "winoground")
     (data / "winoground/images/ex_1_img_1.png").write_bytes(b"no picture")
     result = composition.run(Reader(), data, OPTIONS)
-    assert result.protocol["benchmarks"] == {"winoground": {"items": 1, "left_out": 1}}
+    assert result.protocol["benchmarks"] == {"winoground": {"items": 1, "unreadable": 1, "equal": 0, "images": 2}}
     assert result.protocol["skipped"] == 1
     (data / "winoground/images/ex_0_img_1.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="2 of 4 samples are broken"):
@@ -287,6 +298,10 @@ UNSOUND = [
     ("image2text.json", [{"query": "1.png", "keys": ["a", "b"], "label": 2}], "item 0 has no choice number 2"),
     ("image2text.json", [{"query": "1.png", "keys": ["a"], "label": 0}], "item 0 leaves nothing to choose"),
     ("x.json", {"0": {"image_file": "1.png", "caption": "a", "foil": "b", "mturk": {}}}, "not as valse.*'caption'"),
+    ("image2text.json", [{"query": "1.png", "keys": "ab", "label": 0}], "'ab' is no list"),
+    ("image2text.json", [{"query": "1.png", "keys": ["a", "b"], "label": 0.9}], "label 0.9 is no number of a key"),
+    ("swap_att.json", {"0": PAIR | {"caption": "\ud800 x"}}, "not as sugarcrepe writes .*surrogates not allowed"),
+    ("swap_att.json", {"0": PAIR | {"negative_caption": " x "}}, "all wrong texts are the right ones"),
     ("other.json", {"some": "thing"}, "nothing to choose from; composition reads the files of winoground, sug"),
 ]
 
@@ -299,11 +314,46 @@ def test_files_that_are_not_as_they_must_be(tmp_path: Path, file: str, content: 
         read_composition(tmp_path)
 
 
-def test_the_command_refuses_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("end", ["1e999", '0, "x": ' + "[" * 100_000])
+def test_numbers_and_nesting_without_end(tmp_path: Path, end: str) -> None:
+    colour(tmp_path / "1.png", "red")
+    (tmp_path / "image2text.json").write_text('[{"query": "1.png", "keys": ["a", "b"], "label": ' + end + "}]")
+    with pytest.raises(UserError, match="not as spec writes such a file"):
+        read_composition(tmp_path)
+
+
+def test_the_same_subset_twice_links_and_hidden_files(tmp_path: Path) -> None:
+    data = made(tmp_path / "data", "sugarcrepe")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/sc").symlink_to(data / "sugarcrepe")
+    (data / "sugarcrepe/data/.ipynb_checkpoints").mkdir()
+    shutil.copy(data / "sugarcrepe/data/swap_att.json", data / "sugarcrepe/data/.ipynb_checkpoints/copy.json")
+    assert len(read_composition(tmp_path / "links")["sugarcrepe"].items) == 2
+    (data / "sugarcrepe/again").mkdir()
+    shutil.copy(data / "sugarcrepe/data/swap_att.json", data / "sugarcrepe/again/swap_att.json")
+    with pytest.raises(UserError, match="has the subset swap_att already; take one of them away"):
+        read_composition(data)
+
+
+def test_figures_do_not_depend_on_what_else_lies_there(tmp_path: Path) -> None:
+    alone = figures(made(tmp_path / "alone", "sugarcrepe"))
+    beside = figures(made(tmp_path / "beside", "sugarcrepe", "spec", "winoground"))
+    assert {name: beside[name] for name in alone} == alone
+
+
+def test_the_command_refuses_bad_data_before_it_loads_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tmp_path / "model"
     model.mkdir()
-    assert main(["eval", "composition", "--model", str(model), "--data", str(tmp_path / "nosuch")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for options, message in (
+        (["--data", str(tmp_path / "nosuch")], f"{tmp_path}/nosuch: no such folder"),
+        (["--data", str(model)], "nothing to choose from"),
+        (["--data", str(model), "--alpha", "nan"], "--alpha nan: a number of 0 or more"),
+    ):
+        assert main(["eval", "composition", "--model", str(model), *options]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
 
 
 # --- the scenes' own pairs ------------------------------------------------------------------------
@@ -313,8 +363,8 @@ def test_scenes_bring_pairs_in_both_layouts(tmp_path: Path) -> None:
     prepare_scenes(tmp_path, train=0, val=0, test=5, processes=1)
     assert has_composition(tmp_path, "test") and "composition" in tasks_for(tmp_path, "test")
     found = read_composition(tmp_path)
-    assert {name: len(items) for name, items in found.items()} == {"sugarcrepe": 8, "winoground": 8}
-    subsets = [sorted({item.subset for item in items}) for items in found.values()]
+    assert {name: len(own.items) for name, own in found.items()} == {"sugarcrepe": 8, "winoground": 8}
+    subsets = [sorted({item.subset for item in own.items}) for own in found.values()]
     assert subsets == [["negation", "replace_count", "replace_rel", "swap_att"], sorted(KINDS)]
     before = {file.name: file.read_bytes() for file in (tmp_path / "composition").rglob("*") if file.is_file()}
     prepare_scenes(tmp_path, train=0, val=0, test=5, processes=1, overwrite=True)

@@ -302,3 +302,7 @@ def test_refcoco_refuses(tmp_path: Path):
     refused("a list of objects is expected", "umd")
     file.write_bytes(pickle.dumps([{"image_id": 1, "ann_id": 99, "split": "val", "sentences": []}]))
     refused(r"item 0: KeyError\(99\); it needs an image and a box", "umd")
+    file.write_bytes(pickle.dumps([{"image_id": 1, "ann_id": 21, "split": "val", "sentences": []}]))
+    refused("object 21 is of picture 2, not of 1", "umd")
+    (source / "instances.json").write_text('{"images": [{"id": [1], "file_name": "x"}], "annotations": []}')
+    refused(r"images\[0\]: id \[1\] is neither a number nor a text", "umd")

@@ -46,12 +46,15 @@ def records(refs: Path, instances: Path, images: Path) -> Iterator[Record]:
     """The pictures of each split, in the order in which the refs file names them first."""
     content = read_json(instances, without=("segmentation",))
     pictures = {item["id"]: item for item in _items(content, "images", instances, ("id", "file_name"))}
-    boxes = {item["id"]: item["bbox"] for item in _items(content, "annotations", instances, ("id", "bbox"))}
+    objects = {item["id"]: item for item in _items(content, "annotations", instances, ("id", "image_id", "bbox"))}
     found: dict[tuple[str, Any], list[dict[str, Any]]] = {}
     for number, ref in enumerate(read_refs(refs)):
         try:
-            box = box_of(*boxes[ref["ann_id"]])
+            thing = objects[ref["ann_id"]]
+            box = box_of(*thing["bbox"])
             pictures[ref["image_id"]]  # it must be there
+            if thing["image_id"] != ref["image_id"]:
+                raise ValueError(f"object {ref['ann_id']} is of picture {thing['image_id']}, not of {ref['image_id']}")
             regions = [{"box": box, "phrase": said["sent"], "entity": str(ref["ann_id"])} for said in ref["sentences"]]
             found.setdefault((check_split_name(str(ref["split"])), ref["image_id"]), []).extend(regions)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -70,6 +73,8 @@ def _items(content: Any, name: str, path: Path, fields: tuple[str, ...]) -> Iter
     for number, item in enumerate(list_of(content, name, path, "instances file of COCO")):
         if not isinstance(item, dict) or any(field not in item for field in fields):
             raise UserError(f"{path}, {name}[{number}]: {' and '.join(fields)} are expected")
+        if not isinstance(item["id"], int | str):
+            raise UserError(f"{path}, {name}[{number}]: id {item['id']!r} is neither a number nor a text")
         yield item
 
 

@@ -11,8 +11,10 @@
 
 A file is known by the fields of its first records, not by its name, which names the subset. Pictures lie beside the
 file, in one of `_PICTURE_FOLDERS` there or one folder higher, or in the folders that the user names. Receives a folder,
-which has such files, or folders with them. Gives `ChoiceItem`s by benchmark. Refuses, with a UserError, a folder
-without such files, a record that is not as its layout says, and a picture that is not there.
+which has such files, or folders with them. Gives `ChoiceItem`s by benchmark. A wrong text that is the right one word
+for word, as ARO's shuffles make some, is no choice: it is left out, and an item with nothing else to choose from, too.
+Refuses, with a UserError, a folder without such files, a record that is not as its layout says, two files of one
+subset, and a picture that is not there.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,7 @@ FOLDER = "composition"
 """Where a dataset of ours has such data."""
 
 _PICTURE_FOLDERS = ("images", "val2017", "val2014", "train2014", "VG_100K", "VG_100K_2", "data/images", "img")
-_HEAD = 16_384
+_HEAD = 65_536
 _SMALLEST_GROUP = 25
 """Items of one attribute pair that ARO asks for, where it gives their accuracy."""
 
@@ -53,6 +57,14 @@ class ChoiceItem:
     group: str = ""
 
 
+@dataclass(slots=True)
+class Benchmark:
+    """equal: items that were left out, for their wrong texts are the right ones."""
+
+    items: list[ChoiceItem] = field(default_factory=list)
+    equal: int = 0
+
+
 def has_composition(data: Path, split: str) -> bool:
     """Whether a dataset of ours has such a folder, or the folder is one. They have no splits: `split` is any."""
     del split
@@ -61,29 +73,53 @@ def has_composition(data: Path, split: str) -> bool:
     return data.is_dir() and not any(data.glob("*/index.json")) and any(True for _ in _known_files(data))
 
 
-def read_composition(data: Path, images: Sequence[Path] = ()) -> dict[str, list[ChoiceItem]]:
-    """The items of each benchmark, in the order of the files' names. images: where else pictures lie."""
+def read_composition(data: Path, images: Sequence[Path] = ()) -> dict[str, Benchmark]:
+    """The benchmarks by name, their items in the order of the files' names. images: where else pictures lie."""
     root = data / FOLDER if (data / FOLDER).is_dir() else data
     for folder in (root, *images):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder" + ("" if folder is root else " (--images)"))
-    found: dict[str, list[ChoiceItem]] = {}
+    found: dict[str, Benchmark] = {}
+    seen: dict[tuple[str, str, str], Path] = {}
     for file, layout in _known_files(root):
         benchmark, read = _LAYOUTS[layout]
         try:
             items = list(read(file, _Pictures(file.parent, images)))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, SyntaxError, csv.Error) as e:
+        except _UNSOUND as e:
             raise UserError(f"{file}: not as {benchmark} writes such a file ({type(e).__name__}: {e})"[:500]) from e
         if not items:
             raise UserError(f"{file}: no items in it")
         _refuse_unsound(file, items)
-        found.setdefault(benchmark, []).extend(items)
+        own = (layout, items[0].subset, file.name if layout in ("spec", "winoground") else "")
+        if layout != "winoground" and seen.setdefault(own, file) is not file:
+            raise UserError(f"{file}: {seen[own]} has the subset {items[0].subset} already; take one of them away")
+        distinct = [item for item in map(_distinct, items) if item is not None]
+        into = found.setdefault(benchmark, Benchmark())
+        into.items += distinct
+        into.equal += len(items) - len(distinct)
     if not found:
         raise UserError(
             f"{root}: nothing to choose from; composition reads the files of {', '.join(_BENCHMARKS)} "
             "(docs/evaluation.md says which)"
         )
+    for benchmark, own in found.items():
+        if not own.items:
+            raise UserError(f"{root}: {benchmark} has nothing to choose from: all wrong texts are the right ones")
     return dict(sorted(found.items()))
+
+
+def _distinct(item: ChoiceItem) -> ChoiceItem | None:
+    """The item without wrong texts that are a right one; None where nothing is left to choose from."""
+    if len(item.texts) < 2:
+        return item
+    plain = [" ".join(text.split()) for text in item.texts]
+    right = {text for _, text in item.pairs}
+    kept = [n for n, text in enumerate(plain) if n in right or text not in {plain[m] for m in right}]
+    if len({plain[m] for m in right}) < len(right) or len(kept) < 2:
+        return None
+    place = {n: k for k, n in enumerate(kept)}
+    pairs = tuple((picture, place[text]) for picture, text in item.pairs)
+    return replace(item, texts=tuple(item.texts[n] for n in kept), pairs=pairs)
 
 
 def _refuse_unsound(file: Path, items: Sequence[ChoiceItem]) -> None:
@@ -103,16 +139,21 @@ def _refuse_unsound(file: Path, items: Sequence[ChoiceItem]) -> None:
 
 
 def _known_files(root: Path) -> Iterator[tuple[Path, str]]:
-    """The files under a folder whose layout is known, with its name."""
-    for file in sorted(root.rglob("*")):
-        if file.suffix in (".json", ".jsonl", ".csv") and file.is_file() and (layout := _layout_of(file)):
-            yield file, layout
+    """The files under a folder whose layout is known, with its name. Links are followed, hidden names passed over."""
+    been: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        been.add(os.path.realpath(folder))
+        inside = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in inside if os.path.realpath(os.path.join(folder, name)) not in been]
+        for file in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+            if file.suffix in (".json", ".jsonl", ".csv") and file.is_file() and (layout := _layout_of(file)):
+                yield file, layout
 
 
 def _layout_of(file: Path) -> str:
     """By the fields that the file's first records have; "" for none of ours."""
     with file.open("rb") as opened:
-        head = opened.read(_HEAD).decode("utf-8", "replace")
+        head = opened.read(_HEAD).decode("utf-8-sig", "replace")
     if file.suffix == ".csv":
         return "crepe" if "hard_negs" in head.partition("\n")[0] else ""
     for layout, fields in _FIELDS.items():
@@ -150,7 +191,7 @@ def _winoground(file: Path, pictures: _Pictures) -> Iterator[ChoiceItem]:
     for record in _lines(file):
         images = (pictures(record["image_0"]), pictures(record["image_1"]))
         texts = (_text(record["caption_0"]), _text(record["caption_1"]))
-        yield ChoiceItem(_name(record.get("collapsed_tag", "")), images, texts, ((0, 0), (1, 1)))
+        yield ChoiceItem(_name(record.get("collapsed_tag") or ""), images, texts, ((0, 0), (1, 1)))
 
 
 def _sugarcrepe(file: Path, pictures: _Pictures) -> Iterator[ChoiceItem]:
@@ -162,22 +203,30 @@ def _sugarcrepe(file: Path, pictures: _Pictures) -> Iterator[ChoiceItem]:
 def _aro(file: Path, pictures: _Pictures) -> Iterator[ChoiceItem]:
     """The part of the picture that its objects cover, as ARO cuts it out."""
     records = _values(file)
-    pairs = [record.get("attributes") for record in records]
+    pairs = [[*map(str, _list(record["attributes"]))] if "attributes" in record else [] for record in records]
     counts = Counter(f"{pair[0]}_{pair[1]}" for pair in pairs if pair)
+    left_out = _aro_left_out()
     for record, pair in zip(records, pairs, strict=True):
         x, y, width, height = (int(record[f"bbox_{name}"]) for name in "xywh")
         image = pictures(record["image_path"], (x, y, x + width, y + height))
         texts = (_text(record["true_caption"]), _text(record["false_caption"]))
         group = str(record.get("relation_name", ""))
+        group = "" if group in left_out else group
         if pair:
             group = f"{pair[0]}_{pair[1]}"
             group = group if counts[group] >= _SMALLEST_GROUP else ""
         yield ChoiceItem(_name(file.stem.replace("visual_genome", "vg")), (image,), texts, ((0, 0),), group)
 
 
+def _aro_left_out() -> set[str]:
+    """Relations of which the wrong text is often true, too."""
+    text = files("mmgem.evaluation.layouts").joinpath("aro_left_out.txt").read_text(encoding="utf-8")
+    return {line for line in text.splitlines() if line and not line.startswith("#")}
+
+
 def _aro_order(file: Path, pictures: _Pictures) -> Iterator[ChoiceItem]:
     for record in _values(file):
-        texts = tuple(map(_text, record["caption_options"]))
+        texts = tuple(map(_text, _list(record["caption_options"])))
         yield ChoiceItem(_name(file.stem), (pictures(record["image"]),), texts, ((0, 0),))
 
 
@@ -185,12 +234,12 @@ def _crepe(file: Path, pictures: _Pictures) -> Iterator[ChoiceItem]:
     """Productivity: a file a kind and complexity. Systematicity: a column a kind."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     stem = _name(file.stem.replace("_vg_hard_negs", ""))
-    with file.open(encoding="utf-8", newline="") as opened:
+    with file.open(encoding="utf-8-sig", newline="") as opened:
         for record in csv.DictReader(opened):
             x, y, width, height = (int(float(record[name])) for name in ("x", "y", "width", "height"))
             image = pictures(record["image_id"], (x, y, x + width, y + height))
             for column, kind in _HARD_NEGATIVES.items():
-                negatives = ast.literal_eval(record[column]) if record.get(column) else []
+                negatives = _list(ast.literal_eval(record[column])) if record.get(column) else []
                 if negatives:
                     texts = (_text(record["caption"]), *map(_text, negatives))
                     yield ChoiceItem(f"{stem}{kind}", (image,), texts, ((0, 0),))
@@ -198,11 +247,13 @@ def _crepe(file: Path, pictures: _Pictures) -> Iterator[ChoiceItem]:
 
 def _spec(file: Path, pictures: _Pictures) -> Iterator[ChoiceItem]:
     for record in _values(file):
-        label = int(record["label"])
+        label, keys = record["label"], _list(record["keys"])
+        if not isinstance(label, int) or isinstance(label, bool):
+            raise ValueError(f"label {label!r} is no number of a key")
         if file.stem == "text2image":
-            images, texts, pair = tuple(map(pictures, record["keys"])), (_text(record["query"]),), (label, 0)
+            images, texts, pair = tuple(map(pictures, keys)), (_text(record["query"]),), (label, 0)
         else:
-            images, texts, pair = (pictures(record["query"]),), tuple(map(_text, record["keys"])), (0, label)
+            images, texts, pair = (pictures(record["query"]),), tuple(map(_text, keys)), (0, label)
         yield ChoiceItem(_name(file.parent.name), images, texts, (pair,))
 
 
@@ -214,6 +265,11 @@ def _valse(file: Path, pictures: _Pictures) -> Iterator[ChoiceItem]:
             yield ChoiceItem(_name(file.stem), (pictures(record["image_file"]),), texts, ((0, 0),))
 
 
+# What a record that is not as it must be raises, on the way through its reader.
+_UNSOUND = (
+    KeyError, TypeError, ValueError, IndexError, AttributeError, SyntaxError, OverflowError, RecursionError,
+    MemoryError, csv.Error,
+)  # fmt: skip
 _Reader = Callable[[Path, _Pictures], Iterator[ChoiceItem]]
 _LAYOUTS: dict[str, tuple[str, _Reader]] = {
     "winoground": ("winoground", _winoground),
@@ -238,12 +294,12 @@ _HARD_NEGATIVES = {"hard_negs": "", "valid_hard_negs_atom": "_atom", "valid_hard
 
 def _values(file: Path) -> list[Mapping[str, Any]]:
     """The records of a JSON list, or of a JSON object of records."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(file.read_text(encoding="utf-8-sig"))
     return list(content.values()) if isinstance(content, dict) else list(content)
 
 
 def _lines(file: Path) -> Iterator[Mapping[str, Any]]:
-    with file.open(encoding="utf-8") as opened:
+    with file.open(encoding="utf-8-sig") as opened:
         yield from (json.loads(line) for line in opened if line.strip())
 
 
@@ -253,7 +309,14 @@ def _text(value: Any) -> str:
         value = value[0]
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text")
+    value.encode()  # half a character is none, and no tokenizer takes it
     return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{value!r} is no list")
+    return list(value)
 
 
 def _name(text: str) -> str:

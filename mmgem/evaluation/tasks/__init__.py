@@ -53,7 +53,9 @@ class LayoutTask:
     run: Callable[[Encoder, Path, TaskOptions], TaskResult]
     version: int
     found: Callable[[Path, str], bool]
-    """Whether a data folder is, or has, such a layout with the split. `run` says what is missing."""
+    """Whether a data folder is, or has, such a layout with the split."""
+    check: Callable[[Path, TaskOptions], None]
+    """Raises UserError for data that `run` would refuse, before a model is loaded."""
 
 
 Task = SplitTask | LayoutTask
@@ -67,7 +69,7 @@ TASKS: dict[str, Task] = {
         SplitTask(region_captioning.NAME, region_captioning.run, region_captioning.VERSION, regions=True),
         SplitTask(rerank.NAME, rerank.run, rerank.VERSION, texts=True, captions=True),
         SplitTask(similarity_map.NAME, similarity_map.run, similarity_map.VERSION, regions=True),
-        LayoutTask(zero_shot.NAME, zero_shot.run, zero_shot.VERSION, zero_shot.found),
-        LayoutTask(composition.NAME, composition.run, composition.VERSION, composition.found),
+        LayoutTask(zero_shot.NAME, zero_shot.run, zero_shot.VERSION, zero_shot.found, zero_shot.check),
+        LayoutTask(composition.NAME, composition.run, composition.VERSION, composition.found, composition.check),
     )
 }

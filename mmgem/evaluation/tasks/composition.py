@@ -43,6 +43,10 @@ _SCORES = ("text", "image", "group")
 found = has_composition
 
 
+def check(data: Path, options: TaskOptions) -> None:
+    read_composition(data, options.images)
+
+
 def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
     """Protocol: every item of every benchmark in the folder, in four orders of its pairs of picture and text.
 
@@ -52,38 +56,44 @@ def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
     CREPE, and with one text `image` is the accuracy of SPEC (text -> image). A tie with a wrong one is a loss.
 
     `vector`: by cosine. `generative`: by log p(text | picture) - alpha * log p(text | no picture), sums over the text's
-    tokens and its end; "no picture" is the mean image vector of all pictures. `both`: by exp(logit_scale) * cosine plus
-    that. `blind_vector`, `blind_generative`: by the cosine with the mean image vector, and by log p(text | no picture):
-    what can be known from the texts alone. All but the vectors' not for a model that writes nothing. `macro`: the mean
-    over ARO's relations, and over its pairs of attributes with at least 25 items, as its authors print it.
+    tokens and its end; "no picture" is the mean image vector of the benchmark's pictures. `both`: by exp(logit_scale) *
+    cosine plus that. `blind_vector`, `blind_generative`: by the cosine with the mean image vector, and by log p(text |
+    no picture): what can be known from the texts alone; where an item has several right pairs, as in Winoground, that
+    is nothing, for the blind take one text for all pictures. All but the vectors' not for a model that writes nothing.
+    `subset_mean`: of the subsets' figures, each weighing the same. `macro`: the mean over ARO's relations, without
+    those that its authors leave out, and over its pairs of attributes with at least 25 items.
     """
     benchmarks = read_composition(data, options.images)
-    every = [item for items in benchmarks.values() for item in items]
+    every = [item for benchmark in benchmarks.values() for item in benchmark.items]
     pictures = list(dict.fromkeys(picture for item in every for picture in item.pictures))
     vectors_NE, kept, skipped = embed_pictures(model, pictures, **options.work)
     row = {pictures[number]: n for n, number in enumerate(kept)}
     texts = list(dict.fromkeys(text for item in every for text in item.texts))
-    scored = _Scored.of(model, vectors_NE, texts, options)
+    unit_TE = unit_vectors(embed_texts(model, texts, **options.work, title="texts"))
 
     scores, of_subsets = Scores(), Scores()
     counts: dict[str, Any] = {}
     sweep: dict[str, dict[str, float]] = {}
     examples: list[Example] = []
-    for name, all_items in benchmarks.items():
-        items = [item for item in all_items if all(picture in row for picture in item.pictures)]
+    for name, benchmark in benchmarks.items():
+        items = [item for item in benchmark.items if all(picture in row for picture in item.pictures)]
         if not items:
             raise UserError(f"{data}: {name}: no item whose pictures are all readable, the first: {skipped[0]}")
-        group = _Group.of(items, row, scored.row)
-        counts[name] = {"items": len(items), "left_out": len(all_items) - len(items)}
-        log_p_P = scored.likelihoods(group, f"texts of {name}") if writes(model) else None
-        ways = scored.ways(group, log_p_P, options.alpha)
+        group = _Group.of(items, row, texts)
+        seen = group.picture_P.unique()
+        unreadable = len(benchmark.items) - len(items)
+        counts[name] = {"items": len(items), "unreadable": unreadable, "equal": benchmark.equal, "images": len(seen)}
+        if len(seen) < 2:
+            raise UserError(f"{data}: {name} has one picture, and none to compare it with; give more of it")
+        scored = _Scored.of(model, vectors_NE, unit_TE, texts, group, options, name)
+        ways = scored.ways(options.alpha)
         judged = {way: group.judge(score_P) for way, score_P in ways.items()}
         whole, parts = _scores(name, group, judged, options)
         scores.update(whole)
         of_subsets.update(parts)
-        for alpha in _SWEPT if log_p_P is not None else ():
+        for alpha in _SWEPT if scored.log_p_P is not None else ():
             for way in ("generative", "both"):
-                right = group.judge(scored.ways(group, log_p_P, alpha)[way])
+                right = group.judge(scored.ways(alpha)[way])
                 sweep.setdefault(str(alpha), {}).update(
                     {f"{name}_{way}_{score}": float(values.mean()) for score, values in right.items()}
                 )
@@ -100,8 +110,12 @@ def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
         benchmarks=counts,
         texts=len(texts),
         texts_cut=int(sum(model.codec.encode(texts)[1])),
-        **({"alpha": options.alpha, "alpha_sweep": sweep, "no_image": "the mean image vector"} if sweep else {}),
-        logit_scale=scored.scale,
+        **(
+            {"alpha": options.alpha, "alpha_sweep": sweep, "no_image": "the benchmark's mean image vector"}
+            if sweep
+            else {}
+        ),
+        logit_scale=logit_scale_of(model),
         chance="scores by lot",
     )
     return TaskResult.of(
@@ -131,7 +145,8 @@ class _Group:
     starts: list[int]
 
     @classmethod
-    def of(cls, items: list[ChoiceItem], picture_row: dict[PictureFile, int], text_row: dict[str, int]) -> _Group:
+    def of(cls, items: list[ChoiceItem], picture_row: dict[PictureFile, int], every_text: list[str]) -> _Group:
+        text_row = {text: n for n, text in enumerate(every_text)}
         pictures: list[int] = []
         texts: list[int] = []
         starts: list[int] = []
@@ -169,12 +184,14 @@ class _Group:
                     judged[score][which.numpy()] = right[score].numpy()
         return {score: values for score, values in judged.items() if not np.isnan(values).all()}
 
-    def chance(self, score: str) -> np.ndarray:
-        """Of each item, with scores by lot. Of two pictures and two texts, a group is right in 4 of 24 orders."""
+    def chance(self, score: str, blind: bool = False) -> np.ndarray:
+        """Of each item, with scores by lot. Of two pictures and two texts, a group is right in 4 of 24 orders. The
+        blind score one text for all pictures, and are never right of two."""
         out = []
         for item in self.items:
             rows, columns, right = len(item.pictures), len(item.texts), len(item.pairs)
             text, image = (1 / columns) ** right, (1 / rows) ** right
+            text = 0.0 if blind and right > 1 else text
             out.append({"text": text, "image": image, "group": 1 / 6 if right == 2 else text * image}[score])
         return np.array(out)
 
@@ -189,55 +206,59 @@ def _beats(score_NAB: Tensor, row_NR: Tensor, right_NR: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class _Scored:
-    """What the model knows of N pictures and T texts."""
+    """What the model knows of the P pairs of a benchmark."""
 
-    model: Encoder
-    vectors_NE: Tensor
-    texts: list[str]
-    row: dict[str, int]
-    unit_NE: Tensor
-    unit_TE: Tensor
-    blind_T: Tensor
-    """Cosine with the mean image vector."""
-    prior_T: Tensor | None
+    cosine_P: Tensor
+    blind_P: Tensor
+    """Cosine of the text with the mean image vector."""
+    log_p_P: Tensor | None
+    prior_P: Tensor | None
     """log p(text | no picture)."""
     scale: float
-    options: TaskOptions
 
     @classmethod
-    def of(cls, model: Encoder, vectors_NE: Tensor, texts: list[str], options: TaskOptions) -> _Scored:
-        blank_1E = mean_vector(vectors_NE)
-        unit_TE = unit_vectors(embed_texts(model, texts, **options.work, title="texts"))
-        prior_T = None
-        if writes(model):
-            number_T = torch.arange(len(texts))
-            prior_T, _ = pair_likelihoods(
-                model, blank_1E, texts, torch.zeros_like(number_T), number_T, **options.work, title="texts of none"
-            )
-        row = {text: n for n, text in enumerate(texts)}
-        blind_T = (unit_TE @ unit_vectors(blank_1E).T)[:, 0]
-        unit_NE = unit_vectors(vectors_NE)
-        scale = logit_scale_of(model)
-        return cls(model, vectors_NE, texts, row, unit_NE, unit_TE, blind_T, prior_T, scale, options)
-
-    def likelihoods(self, group: _Group, title: str) -> Tensor:
-        """[P] log p(text | picture). A pair that several items have is asked for once."""
-        distinct, at_P = torch.unique(torch.stack([group.picture_P, group.text_P]), dim=1, return_inverse=True)
-        log_p, _ = pair_likelihoods(
-            self.model, self.vectors_NE, self.texts, distinct[0], distinct[1], **self.options.work, title=title
+    def of(
+        cls,
+        model: Encoder,
+        vectors_NE: Tensor,
+        unit_TE: Tensor,
+        texts: list[str],
+        group: _Group,
+        options: TaskOptions,
+        name: str,
+    ) -> _Scored:
+        blank_1E = mean_vector(vectors_NE[group.picture_P.unique()])
+        cosine_P = (unit_vectors(vectors_NE)[group.picture_P] * unit_TE[group.text_P]).sum(dim=1)
+        blind_P = (unit_TE @ unit_vectors(blank_1E).T)[group.text_P, 0]
+        if not writes(model):
+            return cls(cosine_P, blind_P, None, None, logit_scale_of(model))
+        # A pair that several items have is asked for once.
+        pairs_2U, at_P = torch.unique(torch.stack([group.picture_P, group.text_P]), dim=1, return_inverse=True)
+        log_p_U, _ = pair_likelihoods(
+            model, vectors_NE, texts, pairs_2U[0], pairs_2U[1], **options.work, title=f"texts of {name}"
         )
-        return log_p[at_P]
+        used, text_at_P = torch.unique(group.text_P, return_inverse=True)
+        said = [texts[t] for t in used.tolist()]
+        prior, _ = pair_likelihoods(
+            model,
+            blank_1E,
+            said,
+            torch.zeros_like(used),
+            torch.arange(len(used)),
+            **options.work,
+            title="texts of none",
+        )
+        return cls(cosine_P, blind_P, log_p_U[at_P], prior[text_at_P], logit_scale_of(model))
 
-    def ways(self, group: _Group, log_p_P: Tensor | None, alpha: float) -> dict[str, Tensor]:
+    def ways(self, alpha: float) -> dict[str, Tensor]:
         """[P] each, as in the protocol."""
-        cosine_P = (self.unit_NE[group.picture_P] * self.unit_TE[group.text_P]).sum(dim=1)
-        blind = {"blind_vector": self.blind_T[group.text_P]}
-        if log_p_P is None or self.prior_T is None:
-            return {"vector": cosine_P, **blind}
-        prior_P = self.prior_T[group.text_P]
-        gain_P = log_p_P - alpha * prior_P
-        both_P = np.exp(self.scale) * cosine_P + gain_P
-        return {"vector": cosine_P, "generative": gain_P, "both": both_P, **blind, "blind_generative": prior_P}
+        ways = {"vector": self.cosine_P}
+        blind = {"blind_vector": self.blind_P}
+        if self.log_p_P is not None and self.prior_P is not None:
+            gain_P = self.log_p_P - alpha * self.prior_P
+            ways |= {"generative": gain_P, "both": np.exp(self.scale) * self.cosine_P + gain_P}
+            blind["blind_generative"] = self.prior_P
+        return ways | blind
 
 
 def _scores(
@@ -263,7 +284,7 @@ def _scores_of(
     *,
     macro: bool,
 ) -> Scores:
-    """macro: also the means over groups, where the items have some."""
+    """macro: also the means over groups, where the items have some; else over subsets, where there are several."""
     out = Scores()
     unit = group.picture_P[torch.tensor(group.starts)].numpy()
     for score in judged["vector"]:
@@ -271,11 +292,20 @@ def _scores_of(
         if not asked.any():
             continue
         ways = {way: of_way[score][asked] for way, of_way in judged.items() if score == "text" or _sees(way)}
-        weights = _group_weights([group.items[n] for n in asked.nonzero()[0]]) if macro else None
-        for kind, weight in (("", 1.0), ("_macro", weights)):
+        items = [group.items[n] for n in asked.nonzero()[0]]
+        if macro:
+            more = ("_macro", _weights([item.group for item in items]))
+        else:
+            more = ("_subset_mean", _weights([item.subset for item in items]))
+        for kind, weight in (("", 1.0), more):
             if weight is not None:
                 means = {f"{name}_{way}_{score}{kind}{ending}": values * weight for way, values in ways.items()}
-                chance = dict.fromkeys(means, float((group.chance(score)[asked] * weight).mean()))
+                chance = {
+                    f"{name}_{way}_{score}{kind}{ending}": float(
+                        (group.chance(score, not _sees(way))[asked] * weight).mean()
+                    )
+                    for way in ways
+                }
                 out.update(Scores.of_means(means, chance=chance, groups=unit[asked], **options.bootstrap))
     return out
 
@@ -285,13 +315,13 @@ def _sees(way: str) -> bool:
     return not way.startswith("blind")
 
 
-def _group_weights(items: Sequence[ChoiceItem]) -> np.ndarray | None:
-    """[N] by which a mean over the items becomes the mean over their groups; None without groups."""
-    names, at, counts = np.unique([item.group for item in items], return_inverse=True, return_counts=True)
-    grouped = names != ""
-    if not grouped.any():
+def _weights(names: Sequence[str]) -> np.ndarray | None:
+    """[N] by which a mean over the items becomes the mean over their names; "" is left out. None without names."""
+    distinct, at, counts = np.unique(names, return_inverse=True, return_counts=True)
+    named = distinct != ""
+    if not named.any():
         return None
-    each = np.where(grouped, len(items) / (grouped.sum() * counts), 0.0)
+    each = np.where(named, len(names) / (named.sum() * counts), 0.0)
     return each[at]
 
 

@@ -42,6 +42,10 @@ _MOST_PAIRS = 2_000_000
 found = has_classes
 
 
+def check(data: Path, options: TaskOptions) -> None:
+    read_classes(data, options.split, _given(options.classes), _given(options.templates))
+
+
 def run(model: Encoder, data: Path, options: TaskOptions) -> TaskResult:
     """Protocol: all readable pictures of the split, all classes as choices, each said in all templates.
 
