@@ -334,3 +334,31 @@ def test_rules() -> None:
     assert [rules.text(t) for t in ("a", "a b", "a b c d")] == ["text too short", "", "text too long"]
     sizes = [rules.picture(Image.new("RGB", size)) for size in ((9, 30), (10, 20), (10, 21))]
     assert sizes == ["picture too small", "", "picture too narrow"]
+
+
+def test_a_captioner_of_hugging_face(tmp_path: Path) -> None:
+    """BLIP's own classes, tiny and random: what it is asked is no part of what it says."""
+    from transformers import (
+        BertTokenizerFast,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "red", "ball", "dog", "picture", "of"]
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"bos_token_id": 5, "eos_token_id": 3, "pad_token_id": 0, "sep_token_id": 3}
+    text = {**shape, **ids, "vocab_size": len(words), "encoder_hidden_size": 16, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    config = BlipConfig(text_config=text, vision_config={**shape, "image_size": 32, "patch_size": 8}, projection_dim=16)
+    BlipForConditionalGeneration(config).save_pretrained(tmp_path / "blip")
+    tokenizer = BertTokenizerFast(vocab={w: n for n, w in enumerate(words)}, additional_special_tokens=["[DEC]"])
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(tmp_path / "blip")
+    images = [Image.new("RGB", (40, 30), COLOURS[name]) for name in ("red", "blue")]
+    asked = make_captioner(f"hf:{tmp_path}/blip", "a picture of").captions(images)
+    plain = make_captioner(f"hf:{tmp_path}/blip").captions(images)
+    assert len(asked) == len(plain) == 2 and asked != plain
+    assert all(plain) and not any("picture of" in said or "[" in said for said in [*asked, *plain])
+    with pytest.raises(UserError, match="--captioner hf:.*nosuch: cannot be loaded"):
+        make_captioner(f"hf:{tmp_path}/nosuch")
