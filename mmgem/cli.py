@@ -19,7 +19,14 @@ from typing import Any
 from mmgem import __version__
 from mmgem.cli_data import add_data, add_debug, run_data
 from mmgem.cli_eval import add_compare, add_eval, add_model, add_search, reachable_model, run_compare, run_eval
-from mmgem.cli_refine import add_refine, add_thresholds, run_refine, run_thresholds
+from mmgem.cli_refine import (
+    add_negatives_command,
+    add_refine,
+    add_thresholds,
+    run_negatives,
+    run_refine,
+    run_thresholds,
+)
 from mmgem.errors import UserError
 from mmgem.memory import keep_freed_memory
 
@@ -257,6 +264,11 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callab
     "search": ("the nearest of a file of vectors to texts or pictures", add_search_command, run_search),
     "refine": ("raw pairs made trustworthy: a gate, texts and pictures made anew", add_refine, run_refine),
     "refine thresholds": ("what other thresholds of a refinement would keep", add_thresholds, run_thresholds),
+    "refine negatives": (
+        "hard negatives of every caption, kept with the samples",
+        add_negatives_command,
+        run_negatives,
+    ),
     "export": ("a run's model as a folder to use and share, with a model card", add_export, run_export),
 }
 

@@ -1,4 +1,4 @@
-"""The commands that make raw data trustworthy: refine, refine thresholds.
+"""The commands that make raw data trustworthy: refine, refine thresholds, refine negatives.
 
 Receives parsed options. Gives exit codes. Refuses, with a UserError, what is not there.
 """
@@ -120,4 +120,50 @@ def run_thresholds(args: Arguments) -> int:
 
     write_text(args.out / "refine.html", render_page(result, found, work, args.labels))
     print(f"{args.out}/refine.html")
+    return 0
+
+
+def add_negatives_command(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", type=Path, metavar="DATA", help="a dataset made by `mmgem data prepare`")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the dataset to write")
+    parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--maker", action="append", default=[], metavar="KIND[:NAME]", help="rules (default) or hf:NAME; again for both"
+    )
+    parser.add_argument("--kinds", nargs="+", default=[], metavar="KIND", help="colour, swap, … (default: all)")
+    parser.add_argument("--count", type=int, default=3, metavar="N", help="of each caption, by each maker (default 3)")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="for a language model, with {kind} and {caption}")
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="a language model's text may be so much less likely than the caption, in mean log p (default 0.5)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="begin anew, and replace what is there")
+
+
+def run_negatives(args: Arguments) -> int:
+    from mmgem.ranks import process_group
+    from mmgem.refine.negatives import add_negatives
+
+    with process_group(cuda=False) as ranks:
+        found = add_negatives(
+            args.data,
+            args.out,
+            args.split,
+            makers=args.maker or ["rules"],
+            kinds=args.kinds,
+            count=args.count,
+            prompt=args.prompt,
+            margin=args.margin,
+            seed=args.seed,
+            overwrite=args.overwrite,
+            ranks=ranks,
+        )
+    if ranks.first:
+        print(f"{found['samples']:,} samples, {found['negatives']:,} negatives")
+        for kind, count in found["kinds"].items():
+            print(f"  {kind:12}{count:>9,}")
     return 0

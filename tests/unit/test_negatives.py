@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -11,11 +14,16 @@ import pytest
 import torch
 from test_tasks import make_sample
 
+from mmgem.cli import main
 from mmgem.config import NegativesConfig
 from mmgem.data.others import Others, shuffled_patches, stored_negatives
+from mmgem.data.prepare.scenes import prepare_scenes
 from mmgem.data.scenes import iter_scenes
+from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
 from mmgem.negatives import COLOURS, KINDS, negatives_of, words_of
+from mmgem.refine.negatives import LanguageModel, add_negatives, make_maker
+from mmgem.text import train_tokenizer
 
 
 def made(text: str, kind: str, tries: int = 40, **options: object) -> set[str]:
@@ -148,3 +156,76 @@ def test_patches_change_places_and_nothing_else() -> None:
         assert {
             tuple(p.flatten().tolist()) for p in other[0, :6, :6].unfold(0, 2, 2).unfold(1, 2, 2).reshape(9, 4)
         } == {tuple(p.flatten().tolist()) for p in image[0, :6, :6].unfold(0, 2, 2).unfold(1, 2, 2).reshape(9, 4)}
+
+
+# --- made once, and kept with the samples ---------------------------------------------------------
+
+
+def test_negatives_are_kept_with_the_samples_and_work_is_gone_on_with(tmp_path: Path) -> None:
+    prepare_scenes(tmp_path / "data", train=12, val=0, test=0, processes=1)
+    before = ShardedDataset(tmp_path / "data/train")
+    found = add_negatives(tmp_path / "data", tmp_path / "out", "train", kinds=["colour", "swap"], count=2)
+    split = ShardedDataset(tmp_path / "out/train", verify=True)
+    assert found["samples"] == len(split) == 12 and set(found["kinds"]) == {"colour", "swap"}
+    made = 0
+    for n in range(12):
+        sample, old = split.sample(n), before.sample(n)
+        assert (sample.captions, sample.regions, sample.image) == (old.captions, old.regions, old.image)
+        assert sample.meta["objects"] == old.meta["objects"]
+        stored = stored_negatives(sample, [])
+        made += sum(map(len, stored.values()))
+        assert all(0 <= caption < 5 for caption in stored)
+        assert not {one.text for some in stored.values() for one in some} & set(sample.captions)
+    assert made == found["negatives"] > 60
+    bytes_of = {f.name: f.read_bytes() for f in (tmp_path / "out/train").rglob("*") if f.is_file()}
+    shutil.rmtree(tmp_path / "out/train")
+    add_negatives(tmp_path / "data", tmp_path / "out", "train", kinds=["colour", "swap"], count=2)
+    assert bytes_of == {f.name: f.read_bytes() for f in (tmp_path / "out/train").rglob("*") if f.is_file()}
+    with pytest.raises(UserError, match=r"work of other settings \(count\)"):
+        add_negatives(tmp_path / "data", tmp_path / "out", "train", kinds=["colour", "swap"], count=1)
+
+
+def test_a_language_model_is_asked_and_its_odd_answers_are_left_out(tmp_path: Path) -> None:
+    """GPT-2's own classes, tiny and random; then what it says is put in its mouth."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = train_tokenizer(["a red ball and a blue cube", "Change the caption"], 300, lowercase=True)
+    tokenizer.save_pretrained(tmp_path / "gpt")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    maker = make_maker(f"hf:{tmp_path}/gpt", ["colour"], 1, "{caption}: another {kind}", 0.5, {})
+    assert isinstance(maker, LanguageModel)
+    written = maker._written(["a red ball", "a much longer text about a blue cube"])
+    assert len(written) == 2 and all(isinstance(text, str) for text in written)
+    likely = maker.log_likelihoods(["a red ball", "a"])
+    assert -8 < likely[0] < 0 and likely[1] < 0
+
+    class Says(LanguageModel):
+        def _written(self, prompts: Sequence[str]) -> list[str]:
+            assert prompts == ["a red ball: another colour", "a cube: another colour", "a dog: another colour"]
+            return ["a blue ball", "", "zxq"]
+
+        def log_likelihoods(self, texts: Sequence[str]) -> list[float]:
+            return [-9.0 if text in ("", "zxq") else -2.0 for text in texts]
+
+    says = Says("hf:x", None, None, ["colour"], 1, "{caption}: another {kind}")
+    made = says.make(["a red ball", "a cube", "a dog"], frozenset(), Random(0))
+    assert {n: [one.text for one in some] for n, some in made.items()} == {0: ["a blue ball"]}
+
+
+def test_makers_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_scenes(tmp_path / "data", train=2, val=0, test=0, processes=1)
+    capsys.readouterr()
+    command = ["refine", "negatives", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    for more, message in (
+        (["--maker", "gpt"], "--maker gpt: give rules or hf:NAME"),
+        (["--maker", "hf:x", "--prompt", "no place"], "--prompt: it needs {caption}"),
+        (["--kinds", "color"], "--kinds: no rule makes color; the kinds are colour"),
+        (["--count", "0"], "--count 0: at least 1"),
+        (["--kinds", "verb"], "nothing was made of the captions"),
+        (["--split", "val"], "val"),
+    ):
+        assert main([*command, *more, "--overwrite"]) == 2
+        said = capsys.readouterr().err
+        assert message in said, said
