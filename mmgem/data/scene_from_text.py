@@ -42,7 +42,7 @@ _GROUP = re.compile(r"\b(" + "|".join(NUMBERS) + r") (\w+) (?:things|objects)\b"
 
 
 @dataclass(slots=True)
-class _Wanted:
+class Wanted:
     """What a text says of an object; None, and "" for its shape: nothing. at: where its shape stands in the text."""
 
     shape: str
@@ -56,13 +56,13 @@ class _Wanted:
 def scene_from_text(text: str, seed: int = 0, *, size: int = 112) -> Image.Image | None:
     """A square picture of `size` pixels."""
     text = " ".join(text.lower().split())
-    ground = next((name for name in _GROUNDS if name in text), None)
-    wanted = _objects(text.replace(ground, "#" * len(ground)) if ground else text)
+    ground = ground_in(text)
+    wanted = wanted_objects(text.replace(ground, "#" * len(ground)) if ground else text)
     if not 1 <= len(wanted) <= _MOST_OBJECTS:
         return None
     rng = Random(f"mmgem-scene-from-text-1/{seed}/{text}")
     texture, tone = _GROUNDS[ground] if ground else (rng.choice(tuple(TEXTURES)), rng.choice(TONES))
-    relation = _relation(text, wanted)
+    relation = wanted_relation(text, wanted)
     for _ in range(_TRIES):
         items = _placed(wanted, rng)
         if items is not None and (relation is None or _holds(items, *relation)):
@@ -70,12 +70,19 @@ def scene_from_text(text: str, seed: int = 0, *, size: int = 112) -> Image.Image
     return None
 
 
-def _objects(text: str) -> list[_Wanted]:
+def ground_in(text: str) -> str | None:
+    """The name of the ground that a text in small letters speaks of."""
+    return next((name for name in _GROUNDS if name in text), None)
+
+
+def wanted_objects(text: str) -> list[Wanted]:
     """In the order of the text."""
-    found: list[_Wanted] = []
+    found: list[Wanted] = []
     group = _GROUP.search(text)
     shared = group[2] if group else ""
     of_group = NUMBERS.index(group[1]) if group else 0
+    one_named = bool(group) and "one is a" in text  # "two green things, one is a star": the others are any
+    named = 1 if one_named else of_group
     last = 0
     for match in re.finditer(r"[a-z]+", text):
         shape = _SINGULAR.get(match[0])
@@ -88,16 +95,16 @@ def _objects(text: str) -> list[_Wanted]:
         colour = next((w for w in reversed(words) if w in COLOURS), None)
         material = next((w for w in reversed(words) if w in MATERIALS), None)
         extent = next((w for w in reversed(words) if w in SIZES), None)
-        if len(found) < of_group:  # "two green things: a star and a cone"
+        if len(found) < named:  # "two green things: a star and a cone"
             colour = colour or (shared if shared in COLOURS else None)
             material = material or (shared if shared in MATERIALS else None)
             extent = extent or (shared if shared in SIZES else None)
         for _ in range(max(count, 1)):
-            found.append(_Wanted(shape, match.start(), colour, extent, material, None))
-    if group and found and "one is a" in text:  # "two green things, one is a star": the others are any
+            found.append(Wanted(shape, match.start(), colour, extent, material, None))
+    if one_named and found:
         of_shared = {kind: shared if shared in words else None for kind, words in _SHARED.items()}
         for _ in range(of_group - 1):
-            found.insert(1, _Wanted("", found[0].at, place=None, **of_shared))
+            found.insert(1, Wanted("", found[0].at, place=None, **of_shared))
     places = [(m.start(), m.end(), _PLACES[m[0]]) for m in _PLACE.finditer(text)]
     before = any(start < found[0].at for start, _, _ in places) if found else False
     for n, thing in enumerate(found):
@@ -108,7 +115,7 @@ def _objects(text: str) -> list[_Wanted]:
     return found
 
 
-def _relation(text: str, wanted: list[_Wanted]) -> tuple[int, int, str] | None:
+def wanted_relation(text: str, wanted: list[Wanted]) -> tuple[int, int, str] | None:
     """(first, second, name): of which two objects the text says how they stand to each other."""
     match = _RELATION.search(_PLACE.sub(lambda m: "#" * len(m[0]), text))
     if match is None or len(wanted) < 2:
@@ -121,7 +128,7 @@ def _relation(text: str, wanted: list[_Wanted]) -> tuple[int, int, str] | None:
     return (after[1], after[0], name) if len(after) > 1 else None  # "left of a ball there is a cube"
 
 
-def _placed(wanted: list[_Wanted], rng: Random) -> list[Item] | None:
+def _placed(wanted: list[Wanted], rng: Random) -> list[Item] | None:
     """One item a wanted object, in their order; no two of one colour and shape."""
     items: list[Item] = []
     for thing in wanted:

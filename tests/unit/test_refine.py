@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from PIL import Image
 
 from mmgem.cli import main
 from mmgem.data.scene_from_text import scene_from_text
+from mmgem.data.scene_truth import is_true
 from mmgem.data.scenes import iter_scenes
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
+from mmgem.negatives import negatives_of, words_of
 from mmgem.refine import run as refine_run
 from mmgem.refine.encoders import Tower, half_of, make_encoders
 from mmgem.refine.gate import Gate
@@ -293,6 +296,25 @@ def test_scenes_are_drawn_that_say_what_their_text_says() -> None:
             drawn_scenes += 1
     assert drawn_scenes == 60
     assert scene_from_text("a dog runs") is None and scene_from_text("") is None
+
+
+def test_captions_are_true_of_their_own_scene_and_of_no_other() -> None:
+    before: tuple[str, ...] = ()
+    rng = Random(0)
+    frequency = words_of(text for scene in iter_scenes(8, "train", 60) for text in scene.captions)
+    denied = []
+    for scene in iter_scenes(9, "train", 40):
+        boxes = [region.box for region in scene.regions]
+        assert [is_true(text, scene.meta, boxes, 112) for text in scene.captions] == [True] * 5
+        assert not any(is_true(text, scene.meta, boxes, 112) for text in before)
+        before = scene.captions
+        used = words_of(scene.captions)
+        for caption in scene.captions:
+            made = negatives_of(caption, ["colour", "size", "swap"], rng, 3, used, frequency)
+            denied += [is_true(one.text, scene.meta, boxes, 112) for one in made]
+    # Attributes that change places may come to where they are true as well: "a small ball" of two alike.
+    assert len(denied) > 300 and denied.count(False) / len(denied) > 0.9
+    assert is_true("a dog runs", scene.meta, boxes, 112) is None
 
 
 @pytest.mark.parametrize(
