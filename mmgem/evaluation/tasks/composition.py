@@ -296,7 +296,7 @@ def _scores_of(
         if macro:
             more = ("_macro", _weights([item.group for item in items]))
         else:
-            more = ("_subset_mean", _weights([item.subset for item in items]))
+            more = ("_subset_mean", _unless_one(_weights([item.subset for item in items])))
         for kind, weight in (("", 1.0), more):
             if weight is not None:
                 means = {f"{name}_{way}_{score}{kind}{ending}": values * weight for way, values in ways.items()}
@@ -313,6 +313,11 @@ def _scores_of(
 def _sees(way: str) -> bool:
     """The blind know no picture from another: among pictures they tie, and lose."""
     return not way.startswith("blind")
+
+
+def _unless_one(weight: np.ndarray | None) -> np.ndarray | None:
+    """Where all weigh the same anyway, nothing more is to be said."""
+    return None if weight is None or np.allclose(weight, 1) else weight
 
 
 def _weights(names: Sequence[str]) -> np.ndarray | None:
