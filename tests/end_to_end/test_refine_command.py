@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from noisy import noisy_scenes
 from tiny import Process
 
+from mmgem.data.scene_noise import noisy_scenes
 from mmgem.data.shards import ShardedDataset
 
 
