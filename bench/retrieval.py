@@ -6,7 +6,7 @@
 
 Made-up vectors of the size of COCO's 5K test set. CLIP_benchmark: what its `evaluate` does once it has the vectors,
 with its own `recall_at_k` and `batchify`, at 1, 5 and 10 and with its default batch of 64. This package:
-`positive_ranks` and `retrieval_scores` in both directions, which give strict recall, mAP, mAP@R, median rank and
+`ranks_both_ways` and `retrieval_scores` in both directions, which give strict recall, mAP, mAP@R, median rank and
 chance as well; with standard errors in a row of its own. They take turns, each in a process of its own; the least of
 the rounds counts. Memory is the peak above what the process held with the vectors already there.
 
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmgem.evaluation.metrics.retrieval import TIE, Positives, positive_ranks, retrieval_scores
+from mmgem.evaluation.metrics.retrieval import TIE, Positives, ranks_both_ways, retrieval_scores
 from mmgem.progress import Progress
 
 KS = (1, 5, 10)
@@ -135,10 +135,9 @@ def theirs(image_NE: Tensor, text_ME: Tensor, of_M: Tensor, _: int) -> dict[str,
 def ours(image_NE: Tensor, text_ME: Tensor, of_M: Tensor, samples: int, *, tie: float = TIE) -> dict[str, float]:
     to_image = Positives.from_ids(of_M, torch.arange(len(image_NE)))
     to_text = to_image.reversed()
-    ranks = positive_ranks(text_ME, image_NE, to_image, tie=tie)
+    ranks, back = ranks_both_ways(text_ME, image_NE, to_image, tie=tie)
     scores = retrieval_scores("image_retrieval", ranks, to_image, ks=KS, groups=of_M.numpy(), samples=samples)
-    ranks = positive_ranks(image_NE, text_ME, to_text, tie=tie)
-    scores.update(retrieval_scores("text_retrieval", ranks, to_text, ks=KS, samples=samples))
+    scores.update(retrieval_scores("text_retrieval", back, to_text, ks=KS, samples=samples))
     return scores.metrics
 
 
@@ -153,18 +152,21 @@ def million(args: argparse.Namespace) -> None:
     print(f"{len(text_ME):,} texts x {len(image_NE):,} images, width {args.dim}; threads: {torch.get_num_threads()}")
     print(f"vectors {(image_NE.nbytes + text_ME.nbytes) / 1e9:.2f} GB, peak with them there {peak() / 1e9:.2f} GB")
     to_image = Positives.from_ids(of_M, torch.arange(len(image_NE)))
-    directions = {
-        "image_retrieval": (text_ME, image_NE, to_image, of_M.numpy()),
-        "text_retrieval": (image_NE, text_ME, to_image.reversed(), None),
-    }
-    for name, (query_QE, gallery_GE, positives, groups) in directions.items():
+    start = time.perf_counter()
+    ranks_P, back_P = ranks_both_ways(text_ME, image_NE, to_image)
+    seconds = time.perf_counter() - start
+    rate = 2 * len(text_ME) * len(image_NE) * args.dim / seconds / 1e9
+    print(
+        f"ranks both ways {seconds:.0f} s ({rate:.0f} GFLOP/s of the product alone), peak {peak() / 1e9:.2f} GB",
+        flush=True,
+    )
+    for name, ahead_P, positives, groups in (
+        ("image_retrieval", ranks_P, to_image, of_M.numpy()),
+        ("text_retrieval", back_P, to_image.reversed(), None),
+    ):
         start = time.perf_counter()
-        ranks_P = positive_ranks(query_QE, gallery_GE, positives)
-        ranked = time.perf_counter()
-        scores = retrieval_scores(name, ranks_P, positives, ks=KS, groups=groups)
-        rate = 2 * len(query_QE) * len(gallery_GE) * args.dim / (ranked - start) / 1e9
-        print(f"{name}: ranks {ranked - start:.0f} s ({rate:.0f} GFLOP/s of the product alone), ", end="")
-        print(f"figures and standard errors {time.perf_counter() - ranked:.0f} s, peak {peak() / 1e9:.2f} GB")
+        scores = retrieval_scores(name, ahead_P, positives, ks=KS, groups=groups)
+        print(f"{name}: figures and standard errors {time.perf_counter() - start:.0f} s, peak {peak() / 1e9:.2f} GB")
         print("  " + ", ".join(f"{n.removeprefix(name + '_')} {v:.4f}" for n, v in scores.metrics.items()), flush=True)
     if peak() > MARKS["million"] and not args.no_marks:
         sys.exit("missed: memory")

@@ -16,6 +16,7 @@ from mmgem.evaluation.metrics.retrieval import (
     first_ranks,
     per_query,
     positive_ranks,
+    ranks_both_ways,
     retrieval_scores,
     top_k,
     unit_vectors,
@@ -264,6 +265,23 @@ def test_vectors_of_other_dtypes_and_rows_of_zeros():
     g[lists[0]] = 0.0  # a row of zeros has the cosine 0 with all
     assert positive_ranks(q, g, positives).tolist() == naive_positive_ranks(q, g, lists)
     assert unit_vectors(torch.zeros(2, 3)).tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("most", [3, 40], ids=["few", "many"])
+@pytest.mark.parametrize("tiles", [(1, 1), (7, 13), (1000, 1000)])
+def test_both_ways_from_one_product(tiles, most):
+    """With ties, duplicates, queries of many right rows, and gallery rows that answer nothing."""
+    generator = torch.Generator().manual_seed(most)
+    q, g = (torch.randint(-2, 3, (n, 4), generator=generator).float() for n in (50, 60))
+    lists = [torch.randperm(55, generator=generator)[: 1 + n % most].tolist() for n in range(50)]
+    positives = Positives.from_lists(lists, 60)
+    back = positives.reversed()
+    assert (back.counts == 0).any()
+    forth, found = ranks_both_ways(q, g, positives, query_tile=tiles[0], gallery_tile=tiles[1])
+    assert forth.tolist() == naive_positive_ranks(q, g, lists)
+    asking = back.counts > 0
+    turned = [back.items[a:b].tolist() for a, b in zip(back.starts[:-1], back.starts[1:], strict=True)]
+    assert found.tolist() == naive_positive_ranks(g[asking], q, [own for own in turned if own])
 
 
 def test_positive_ranks_hold_no_copy_of_the_vectors():

@@ -131,15 +131,8 @@ def positive_ranks(
     query_tile x gallery_tile floats (by default 1024 x 1024, which stay in a CPU's cache, and on a
     GPU 8192 x 8192), and some numbers a pair.
     """
-    if positives.queries != len(query_QE) or positives.gallery != len(gallery_GE):
-        raise ValueError(
-            f"positives are for {positives.queries} x {positives.gallery}, "
-            f"vectors are {len(query_QE)} x {len(gallery_GE)}"
-        )
+    _refuse_unfit(query_QE, gallery_GE, positives)
     counts_Q = positives.counts
-    unanswered = int((counts_Q == 0).sum())
-    if unanswered:
-        raise ValueError(f"{unanswered} queries have no right answer in the gallery")
     default = 1024 if query_QE.device.type == "cpu" else 8192
     query_tile, gallery_tile = query_tile or default, gallery_tile or default
     inverse_Q, inverse_G = _inverse_norms(query_QE), _inverse_norms(gallery_GE)
@@ -155,6 +148,74 @@ def positive_ranks(
                 q_BE, gallery_GE, inverse_G, row_P, positives.items[pair_P], gallery_tile, tie
             )
     return ahead_P
+
+
+def _refuse_unfit(query_QE: Tensor, gallery_GE: Tensor, positives: Positives) -> None:
+    if positives.queries != len(query_QE) or positives.gallery != len(gallery_GE):
+        raise ValueError(
+            f"positives are for {positives.queries} x {positives.gallery}, "
+            f"vectors are {len(query_QE)} x {len(gallery_GE)}"
+        )
+    if unanswered := int((positives.counts == 0).sum()):
+        raise ValueError(f"{unanswered} queries have no right answer in the gallery")
+
+
+@torch.no_grad()
+def ranks_both_ways(
+    query_QE: Tensor,
+    gallery_GE: Tensor,
+    positives: Positives,
+    *,
+    query_tile: int | None = None,
+    gallery_tile: int | None = None,
+    tie: float = TIE,
+) -> tuple[Tensor, Tensor]:
+    """`positive_ranks` of the queries, and of the gallery's rows as queries, from one product.
+
+    The second is aligned with `positives.reversed().items`; gallery rows that answer no query ask nothing. Where a row
+    of either side has more than _FEW right ones, two products are made. Memory: as `positive_ranks`, and some numbers
+    more a pair.
+    """
+    back = positives.reversed()
+    if int(max(positives.counts.max(), back.counts.max())) > _FEW:
+        tiles = {"query_tile": query_tile, "gallery_tile": gallery_tile}
+        asking_G = back.counts > 0
+        kept = Positives(torch.cat([back.starts[:1], back.starts[1:][asking_G]]), back.items, back.gallery)
+        asking = gallery_GE[asking_G.to(gallery_GE.device)]
+        return (
+            positive_ranks(query_QE, gallery_GE, positives, tie=tie, **tiles),
+            positive_ranks(asking, query_QE, kept, tie=tie, **tiles),
+        )
+    _refuse_unfit(query_QE, gallery_GE, positives)
+    default = 1024 if query_QE.device.type == "cpu" else 8192
+    query_tile, gallery_tile = query_tile or default, gallery_tile or default
+    inverse_Q, inverse_G = _inverse_norms(query_QE), _inverse_norms(gallery_GE)
+    blocks = [
+        (block_B, *_pairs(positives.starts, block_B)) for block_B in torch.arange(positives.queries).split(query_tile)
+    ]
+    # Where each pair of the way back stands in `items`.
+    forth_P = torch.argsort(positives.items, stable=True)
+    ahead_P = torch.empty(len(positives.items), dtype=torch.int64)
+
+    def unit(block_B: Tensor) -> Tensor:
+        here_B = block_B.to(query_QE.device)
+        return _scaled(query_QE[here_B], inverse_Q[here_B])
+
+    with _full_float32():
+        levels = [
+            _pair_scores(unit(block_B), gallery_GE, inverse_G, row_P, positives.items[pair_P]) - tie
+            for block_B, row_P, pair_P in blocks
+        ]
+        level_P = torch.cat(levels)[forth_P]
+        columns = _Compared(positives.items[forth_P].to(level_P.device), level_P, len(gallery_GE), of_columns=True)
+        for (block_B, row_P, pair_P), own_P in zip(blocks, levels, strict=True):
+            q_BE = unit(block_B)
+            rows = _Compared(row_P.to(q_BE.device), own_P, len(q_BE))
+            for start, scores_BT in _tiles(q_BE, gallery_GE, inverse_G, row_P, positives.items[pair_P], gallery_tile):
+                rows.add(scores_BT)
+                columns.add(scores_BT, start)
+            ahead_P[pair_P] = rows.ahead().cpu()
+        return ahead_P, columns.ahead().cpu()
 
 
 def _pairs(starts: Tensor, block_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,6 +234,16 @@ def _block_ranks(
     level_P = _pair_scores(q_BE, gallery_GE, inverse_G, row_P, col_P) - tie
     few = int(torch.bincount(row_P).max()) <= _FEW
     count = (_Compared if few else _Searched)(row_P, level_P, len(q_BE))
+    for _, scores_BT in _tiles(q_BE, gallery_GE, inverse_G, row_P, col_P, tile):
+        count.add(scores_BT)
+    return count.ahead().cpu()
+
+
+def _tiles(
+    q_BE: Tensor, gallery_GE: Tensor, inverse_G: Tensor, row_P: Tensor, col_P: Tensor, tile: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Where each tile of the gallery begins, and its scores, with −inf for right pairs; the next one overwrites it."""
+    row_P, col_P = row_P.to(q_BE.device), col_P.to(q_BE.device)
     by_col = torch.argsort(col_P)
     masked_row_P, masked_col_P = row_P[by_col], col_P[by_col]
     edges = torch.arange(0, len(gallery_GE) + tile, tile, device=col_P.device)
@@ -184,12 +255,12 @@ def _block_ranks(
         torch.mm(q_BE, g_TE.T, out=scores_BT)
         inside = slice(cuts[n], cuts[n + 1])
         scores_BT[masked_row_P[inside], masked_col_P[inside] - g0] = -torch.inf
-        count.add(scores_BT)
-    return count.ahead().cpu()
+        yield g0, scores_BT
 
 
 def _pair_scores(q_BE: Tensor, gallery_GE: Tensor, inverse_G: Tensor, row_P: Tensor, col_P: Tensor) -> Tensor:
-    """[P] cosines of the pairs."""
+    """[P] cosines of the pairs, in parts, so that no vectors of all pairs are held."""
+    row_P, col_P = row_P.to(q_BE.device), col_P.to(q_BE.device)
     out = []
     for rows, cols in zip(row_P.split(_ROWS), col_P.split(_ROWS), strict=True):
         out.append((q_BE[rows] * _scaled(gallery_GE[cols], inverse_G[cols])).sum(dim=1))
@@ -198,26 +269,30 @@ def _pair_scores(q_BE: Tensor, gallery_GE: Tensor, inverse_G: Tensor, row_P: Ten
 
 class _Compared:
     """Counts the scores at or above each level by comparing a tile with the first level of each query, then with
-    the second, and so on: less than a tenth of the product's time for each, where the tile is in the cache."""
+    the second, and so on: less than a tenth of the product's time for each, where the tile is in the cache.
 
-    def __init__(self, row_P: Tensor, level_P: Tensor, rows: int) -> None:
-        self.row_P = row_P
+    of_columns: the queries are the tiles' columns, of which a tile has some."""
+
+    def __init__(self, row_P: Tensor, level_P: Tensor, rows: int, *, of_columns: bool = False) -> None:
+        self.row_P, self.of_columns = row_P, of_columns
         counts_B = torch.bincount(row_P, minlength=rows)
         self.place_P = torch.arange(len(row_P), device=row_P.device) - _starts(counts_B)[:-1][row_P]
         # Infinite where a query has no such level: nothing stands before it.
-        self.level_KB1 = level_P.new_full((int(counts_B.max()), rows, 1), torch.inf)
-        self.level_KB1[self.place_P, row_P, 0] = level_P
-        self.ahead_KB = torch.zeros(self.level_KB1.shape[:2], dtype=torch.int64, device=row_P.device)
+        self.level_KB = level_P.new_full((int(counts_B.max()), rows), torch.inf)
+        self.level_KB[self.place_P, row_P] = level_P
+        self.ahead_KB = torch.zeros(self.level_KB.shape, dtype=torch.int64, device=row_P.device)
         self.memory = level_P.new_empty(0)
 
-    def add(self, scores_BT: Tensor) -> None:
+    def add(self, scores_BT: Tensor, start: int = 0) -> None:
+        """start: the first column's number."""
         if len(self.memory) < scores_BT.numel():
             self.memory = scores_BT.new_empty(scores_BT.numel())
         # Ones and zeros as floats: their sum is exact up to 2^24, and several times faster than that of booleans.
         above_BT = self.memory[: scores_BT.numel()].view_as(scores_BT)
-        for level_B1, ahead_B in zip(self.level_KB1, self.ahead_KB, strict=True):
-            torch.ge(scores_BT, level_B1, out=above_BT)
-            ahead_B += above_BT.sum(dim=1).long()
+        here = slice(start, start + scores_BT.shape[1]) if self.of_columns else slice(None)
+        for level_B, ahead_B in zip(self.level_KB[:, here], self.ahead_KB[:, here], strict=True):
+            torch.ge(scores_BT, level_B if self.of_columns else level_B[:, None], out=above_BT)
+            ahead_B += above_BT.sum(dim=0 if self.of_columns else 1).long()
 
     def ahead(self) -> Tensor:
         return self.ahead_KB[self.place_P, self.row_P]

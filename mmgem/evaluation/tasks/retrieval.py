@@ -13,7 +13,7 @@ from mmgem.errors import UserError
 from mmgem.evaluation.metrics.retrieval import (
     Positives,
     first_ranks,
-    positive_ranks,
+    ranks_both_ways,
     recall_curve,
     retrieval_scores,
     top_k,
@@ -48,11 +48,11 @@ def run(model: Encoder, encoded: Encoded, options: TaskOptions) -> TaskResult:
     to_text = Positives(torch.cat([to_text.starts[:1], to_text.starts[1:][asking]]), to_text.items, to_text.gallery)
     images, texts = encoded.image_vectors_NE, encoded.text_vectors_ME
     scores = Scores()
-    ahead_P = positive_ranks(images[asking], texts, to_text)
+    to_images_P, ahead_P = ranks_both_ways(texts, images, to_image)
     unit_N = asking.nonzero().flatten().numpy()
     scores.update(retrieval_scores("text_retrieval", ahead_P, to_text, groups=unit_N, **options.bootstrap))
     curves = [Curve("image → text", recall_curve(ahead_P, to_text))]
-    ahead_P = positive_ranks(texts, images, to_image)
+    ahead_P = to_images_P
     unit_M = encoded.text_image.numpy()
     scores.update(retrieval_scores("image_retrieval", ahead_P, to_image, groups=unit_M, **options.bootstrap))
     curves.append(Curve("text → image", recall_curve(ahead_P, to_image)))
