@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from layouts import coco, entities, genome, jsonl_folder, karpathy, laion, save
+from layouts import coco, entities, genome, jsonl_folder, karpathy, laion, refcoco, save
 
 from mmgem.cli import main
 from mmgem.config import load_config
@@ -34,6 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for split, numbers in (("train2017", [1, 2]), ("val2017", [3])):
         coco(tmp_path, split, numbers)
     (tmp_path / "images").rename(tmp_path / "coco")
+    refcoco(tmp_path)
     _, images = genome(tmp_path / "vg", flat=False)
     for folder in images.iterdir():
         folder.rename(tmp_path / "vg" / folder.name)

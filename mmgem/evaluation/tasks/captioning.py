@@ -92,10 +92,11 @@ def add_java_scores(
     options: TaskOptions,
     groups: np.ndarray | None = None,
 ) -> dict[str, str]:
-    """METEOR and SPICE, where this machine can compute them; gives why the others are absent."""
+    """METEOR and SPICE, where the first rank's machine can compute them, once for all ranks; gives why the others are
+    absent."""
     if not options.java:
         return dict.fromkeys(JAVA_NAMES, "not asked for")
-    found = java_scores(written, references, groups=groups, **options.bootstrap)
+    found = options.ranks.by_first(lambda: java_scores(written, references, groups=groups, **options.bootstrap))
     scores.update(found.scores)
     return found.absent
 
