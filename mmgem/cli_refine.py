@@ -48,6 +48,21 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--min-words", type=int, default=2, metavar="N", help="of a text (default 2)")
     parser.add_argument("--max-words", type=int, default=80, metavar="N", help="of a text (default 80)")
+    parser.add_argument(
+        "--short",
+        type=int,
+        default=0,
+        metavar="N",
+        help="a text of more words is also kept short, as its first sentences of at most so many (default: not)",
+    )
+    for kind in ("text", "picture"):
+        parser.add_argument(
+            f"--keep-{kind}",
+            action="append",
+            default=[],
+            metavar="KIND:NAME=LABEL,…",
+            help=f"only {kind}s that a classifier calls LABEL: hf:NAME or python:MODULE:FUNCTION; may be given again",
+        )
     parser.add_argument("--max-aspect", type=float, default=4.0, metavar="X", help="longer by shorter side (default 4)")
     parser.add_argument("--min-side", type=int, default=16, metavar="PIXELS", help="of a picture (default 16)")
     parser.add_argument("--labels", metavar="FIELD", help="of the records: which texts are right, for the page")
@@ -75,7 +90,9 @@ def run_refine(args: Arguments) -> int:
         painter=args.painter,
         paint_prompt=args.paint_prompt,
         duplicates=args.duplicates,
-        rules=Rules(args.min_words, args.max_words, args.max_aspect, args.min_side),
+        keep_texts=tuple(args.keep_text),
+        keep_pictures=tuple(args.keep_picture),
+        rules=Rules(args.min_words, args.max_words, args.max_aspect, args.min_side, args.short),
     )
     with process_group(cuda=False) as ranks:
         result = refine(
@@ -140,6 +157,13 @@ def add_negatives_command(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="a language model's text may be so much less likely than the caption, in mean log p (default 0.5)",
     )
+    parser.add_argument(
+        "--painter", metavar="KIND[:NAME]", help="draws a picture of each: scenes or diffusers:NAME (default: none)"
+    )
+    parser.add_argument("--paint-prompt", default="", metavar="TEXT", help="put before each text")
+    parser.add_argument(
+        "--benchmark", action="store_true", help="also write them for `mmgem eval composition`, in SugarCrepe's layout"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="begin anew, and replace what is there")
 
@@ -158,12 +182,16 @@ def run_negatives(args: Arguments) -> int:
             count=args.count,
             prompt=args.prompt,
             margin=args.margin,
+            painter=args.painter,
+            paint_prompt=args.paint_prompt,
+            benchmark=args.benchmark,
             seed=args.seed,
             overwrite=args.overwrite,
             ranks=ranks,
         )
     if ranks.first:
-        print(f"{found['samples']:,} samples, {found['negatives']:,} negatives")
+        drawn = f", {found['drawn']:,} of them drawn" if args.painter else ""
+        print(f"{found['samples']:,} samples, {found['negatives']:,} negatives{drawn}")
         for kind, count in found["kinds"].items():
             print(f"  {kind:12}{count:>9,}")
     return 0

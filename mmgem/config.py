@@ -164,6 +164,8 @@ class HardLossConfig:
     """CE-CLIP's rank loss with adaptive margin; 0.2 there."""
     intra: float = 0.0
     """CE-CLIP's, between the texts alone; 0.2 there."""
+    triplet: float = 0.0
+    """TripletCLIP's, of negatives that have a picture of their own (`negatives.drawn`); 1 there."""
     focal: float = 0.0
     """FSC-CLIP's; 0.5 there."""
     focal_gamma: float = 2.0
@@ -182,10 +184,15 @@ class NegativesConfig:
     """rules: made as a caption is read. data: those that lie with the sample (`mmgem refine negatives`)."""
     kinds: list[str] = field(default_factory=lambda: [k for k in KINDS if k != "shuffle"])
     """Of the rules, or of those in the data."""
+    max_words: int | None = None
+    """Of captions of more words none are made or taken: one changed word hardly changes them. Null: of all."""
     pictures: int = 0
     """So many copies of each picture with its patches in another order; 0: none."""
     patches: int = 3
     """So many patches a side."""
+    drawn: bool = False
+    """With source `data`: take the pictures, too, that were drawn of the negatives (`mmgem refine negatives
+    --painter`)."""
     order_robust: bool = False
     """Captions with their words (kind `shuffle`) and pictures with their patches in another order are no negatives but
     positives: the order is to be looked through. Other kinds are then refused."""
@@ -209,7 +216,8 @@ class LossConfig:
     def needs_vectors(self, regions: bool) -> bool:
         """Whether a text's vector counts for anything."""
         hard = self.hard
-        return any((self.emb, regions and self.region_emb, hard.columns, hard.rank, hard.intra, hard.focal))
+        of_hard = (hard.columns, hard.rank, hard.intra, hard.focal, hard.triplet)
+        return any((self.emb, regions and self.region_emb, *of_hard))
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -251,6 +259,12 @@ class StageConfig:
     """Share of a ViT's patches left out in training; only without regions."""
     cached_views: int = 0
     """Above 0: the frozen part of the tower is computed once for so many views of each picture and kept on disk."""
+
+    @property
+    def made_pictures(self) -> int:
+        """At most so many pictures go through the tower beside each sample's own."""
+        made = self.negatives
+        return made.pictures + (self.captions_per_image * made.texts if made.drawn else 0)
 
 
 @dataclass(config=_STRICT, kw_only=True)

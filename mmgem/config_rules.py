@@ -229,7 +229,7 @@ def _pictures(stage: StageConfig, vision: VisionConfig) -> Iterator[str]:
 
 def _loss(loss: LossConfig, max_regions: int) -> Iterator[str]:
     hard = loss.hard
-    used = (loss.emb, loss.gen, hard.columns, hard.rank, hard.intra, hard.focal, hard.written)
+    used = (loss.emb, loss.gen, hard.columns, hard.rank, hard.intra, hard.focal, hard.triplet, hard.written)
     used += (loss.region_emb, loss.region_gen) if max_regions else ()
     yield from _of(
         (min(used) < 0, "loss: a weight is below 0"),
@@ -240,7 +240,7 @@ def _loss(loss: LossConfig, max_regions: int) -> Iterator[str]:
 
 def _negatives(stage: StageConfig) -> Iterator[str]:
     made, hard = stage.negatives, stage.loss.hard
-    of_texts = {name: getattr(hard, name) for name in ("rank", "intra", "focal", "written")}
+    of_texts = {name: getattr(hard, name) for name in ("rank", "intra", "focal", "triplet", "written")}
     used = any(of_texts.values()) or hard.columns
     for name in ("texts", "pictures"):
         if getattr(made, name) < 0:
@@ -265,10 +265,26 @@ def _negatives(stage: StageConfig) -> Iterator[str]:
             (made.texts or made.pictures) and not used and not made.order_robust,
             "negatives are made, and no loss uses them: give one of loss.hard a weight",
         ),
+        (made.max_words is not None and made.max_words < 1, "negatives.max_words must be at least 1, or null"),
         (made.pictures and made.patches < 2, "negatives.patches must be at least 2"),
         (
             made.pictures and stage.cached_views,
             "negatives.pictures does nothing to cached_views; set one of the two to 0",
+        ),
+        (
+            made.drawn and (made.source != "data" or not made.texts),
+            "negatives.drawn takes pictures that lie with the data: set negatives.source to data, and negatives.texts "
+            "to 1 or more",
+        ),
+        (made.drawn and stage.cached_views, "negatives.drawn does nothing to cached_views; set one of the two to 0"),
+        (hard.triplet and not made.drawn, "loss.hard.triplet needs pictures of the negatives: set negatives.drawn"),
+        (
+            made.drawn and not hard.triplet and not hard.columns,
+            "negatives.drawn: no loss uses the pictures; give loss.hard.triplet or loss.hard.columns a weight",
+        ),
+        (
+            made.order_robust and made.drawn,
+            "negatives.order_robust makes positives, and negatives.drawn is for negatives: unset one of the two",
         ),
         (
             made.order_robust and used,

@@ -63,6 +63,8 @@ class Negative:
 
     text: str
     kind: str
+    picture: str = ""
+    """Drawn of the text, for which it is true: a file's bytes in base64. Rules draw nothing."""
 
 
 def negatives_of(

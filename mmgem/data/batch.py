@@ -35,8 +35,8 @@ class Item:
     dropped: tuple[str, ...] = ()
     """What was wrong in its record and left out."""
     others: tuple[OtherText, ...] = ()
-    shuffled: tuple[Tensor, ...] = ()
-    """The picture with its patches in another order."""
+    made: tuple[Tensor, ...] = ()
+    """The picture with its patches in another order, and then pictures that were drawn of `others`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class OtherText:
     caption: int
     text: str
     kind: int
+    picture: int = -1
+    """Which of the item's `made` was drawn of it; -1: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,11 @@ class Batch:
     """The image_id of its picture where it is a positive, and else an id that nothing has."""
     other_text_X: Tensor = field(default_factory=_none)
     """As `caption_text_M`."""
-    shuffled_id_H: Tensor = field(default_factory=_none)
+    other_picture_X: Tensor = field(default_factory=_none)
+    """Which picture (0 … H-1 of those made) was drawn of it; -1: none."""
+    made_id_H: Tensor = field(default_factory=_none)
     """As `other_owner_X`, of the pictures that were made."""
-    shuffled_sample_H: Tensor = field(default_factory=_none)
+    made_sample_H: Tensor = field(default_factory=_none)
     """Which sample (0 … B-1) each was made of."""
 
     @property
@@ -144,6 +148,11 @@ class Share:
     def regions(self) -> int:
         return sum(len(batch.boxes_R4) for batch in self.micros)
 
+    @property
+    def made(self) -> int:
+        """Pictures beside the samples' own."""
+        return sum(len(batch.made_id_H) for batch in self.micros)
+
 
 class Collate:
     """Items -> Batch. Which streams are packed (a loss of weight 0 needs none):
@@ -183,8 +192,9 @@ class Collate:
         region_image = [b for b, item in enumerate(good) for _ in item.phrases]
         image_ids = [stable_id("image", item.key) for item in good]
         others = [(b, other) for b, item in enumerate(good) for other in item.others]
-        shuffled = [(b, picture) for b, item in enumerate(good) for picture in item.shuffled]
+        made = [(b, picture) for b, item in enumerate(good) for picture in item.made]
         first_caption = np.cumsum([0, *(len(item.captions) for item in good)]).tolist()
+        first_made = np.cumsum([0, *(len(item.made) for item in good)]).tolist()
         ids, cut = self.codec.encode(captions + phrases + [other.text for _, other in others])
         write = [self.write_captions] * len(captions)
         write += [number < self.write_phrases for item in good for number in range(len(item.phrases))]
@@ -194,12 +204,12 @@ class Collate:
             alone = pack_texts(ids, self.codec, self.row_tokens, embed=self.embed, write=[False] * len(ids))
         return Batch(
             keys=[item.key for item in good],
-            pictures=_stack([item.picture for item in good] + [picture for _, picture in shuffled]),
+            pictures=_stack([item.picture for item in good] + [picture for _, picture in made]),
             texts=pack_texts(ids, self.codec, self.row_tokens, embed=self.embed, write=write),
             text_vector_M=_long(
                 [
                     *caption_image,
-                    *range(len(good) + len(shuffled), len(good) + len(shuffled) + len(phrases)),
+                    *range(len(good) + len(made), len(good) + len(made) + len(phrases)),
                     *(b for b, _ in others),
                 ]
             ),
@@ -219,10 +229,9 @@ class Collate:
                 [self._owner(image_ids[b], "negative", good[b].key, other.text) for b, other in others]
             ),
             other_text_X=_long([_text_id(other.text) for _, other in others]),
-            shuffled_id_H=_long(
-                [self._owner(image_ids[b], "shuffled", good[b].key, str(n)) for n, (b, _) in enumerate(shuffled)]
-            ),
-            shuffled_sample_H=_long([b for b, _ in shuffled]),
+            other_picture_X=_long([-1 if other.picture < 0 else first_made[b] + other.picture for b, other in others]),
+            made_id_H=_long([self._owner(image_ids[b], "made", good[b].key, str(n)) for n, (b, _) in enumerate(made)]),
+            made_sample_H=_long([b for b, _ in made]),
         )
 
     def _owner(self, image_id: int, *negative: str) -> int:

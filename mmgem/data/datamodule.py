@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import lightning as L
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -114,6 +115,7 @@ class Reader(Dataset):
             range(len(sample.captions)), self.stage.captions_per_image, draws(self.seed, epoch, index, CAPTIONS)
         )
         rng = draws(self.seed, epoch, index, OTHERS)
+        others, drawn = self.others.texts(sample, chosen, rng)
         regions: list[Any] = []
         boxes_R4 = torch.zeros(0, 4)
         if self.stage.max_regions:
@@ -128,9 +130,13 @@ class Reader(Dataset):
             phrases=tuple(r.phrase for r in regions),
             entities=tuple(r.entity or str(r.box) for r in regions),
             dropped=sample.dropped,
-            others=self.others.texts(sample, chosen, rng),
-            shuffled=self.others.pictures(picture, rng),
+            others=others,
+            made=(*self.others.shuffled(picture, rng), *(self._view_of(one, rng) for one in drawn)),
         )
+
+    def _view_of(self, drawn: Image.Image, rng: np.random.Generator) -> Tensor:
+        """A picture that was drawn of a negative, looked at as the samples' own are."""
+        return draw_view(self.data, self.preprocess, *drawn.size, rng).picture(drawn, self.preprocess)
 
 
 def leave_signals_to_parent(worker: int) -> None:

@@ -27,6 +27,7 @@ QUANTITIES = {
     "loss_hard_rank": "Rank loss of hard negatives",
     "loss_hard_intra": "Loss between texts and hard negatives",
     "loss_hard_focal": "Focal loss of hard negatives",
+    "loss_hard_triplet": "Triplet loss of hard negatives and their pictures",
     "loss_hard_written": "Margin of written hard negatives",
     "lr": "Learning rate",
     "logit_scale": "Logit scale",

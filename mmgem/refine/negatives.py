@@ -4,7 +4,9 @@
     hf:NAME        a language model of Hugging Face, by its name or folder, is asked to change one thing of a caption
 
 Receives a prepared split and makers. Gives the same split with `"negatives": [{"text", "kind", "caption"}]` in each
-record, for `stages.N.negatives.source: data`. Refuses, with a UserError, a split without captions, makers and kinds
+record, for `stages.N.negatives.source: data`; with a painter also a `"picture"` of each, for `negatives.drawn`. With
+`benchmark` also `OUT/composition/made/`, the same in SugarCrepe's layout, a file a kind, for `mmgem eval composition`.
+Refuses, with a UserError, a split without captions, makers and kinds
 that are none, and makers that make nothing at all.
 
 A negative that reads worse than its caption gives itself away. So what a language model writes is kept only where the
@@ -16,25 +18,34 @@ Work is done some samples at a time and kept in `OUT/.negatives/`; a stopped run
 from __future__ import annotations
 
 import json
+import shutil
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
+from PIL import Image
+
 from mmgem import __version__
 from mmgem.data.prepare.reading import Record
+from mmgem.data.prepare.shard import JPEG_QUALITY
 from mmgem.data.prepare.writing import prepare
 from mmgem.data.samples import SampleError
 from mmgem.data.shards import ShardedDataset
+from mmgem.data.writer import image_extension
 from mmgem.errors import UserError, one_line
 from mmgem.evaluation.result import write_json, write_text
 from mmgem.negatives import KINDS, Negative, negatives_of, words_of
 from mmgem.progress import Progress
 from mmgem.ranks import Ranks
+from mmgem.refine.makers import Painter, make_painter
 
 FOLDER = ".negatives"
+BENCHMARK = "composition/made"
 PART = 500
 PROMPT = (
     "Change the {kind} in this caption so that it is no longer true, and nothing else. Keep its length and its style. "
@@ -164,11 +175,15 @@ def add_negatives(
     count: int = 3,
     prompt: str = "",
     margin: float = 0.5,
+    painter: str | None = None,
+    paint_prompt: str = "",
+    benchmark: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """count: of each caption, by each maker. Gives what `OUT/negatives.json` has: how many of each kind."""
+    """count: of each caption, by each maker. Gives what `OUT/negatives.json` has: how many of each kind, and how many
+    were drawn."""
     if count < 1:
         raise UserError(f"--count {count}: at least 1")
     ranks = ranks or Ranks()
@@ -176,7 +191,8 @@ def add_negatives(
     if not dataset.has_captions:
         raise UserError(f"{data}/{split} has no captions to make negatives of")
     stated = {"data": str(data.resolve()), "split": split, "makers": list(makers), "kinds": list(kinds), "count": count}
-    stated |= {"prompt": prompt, "margin": margin, "seed": seed, "mmgem": __version__}
+    stated |= {"prompt": prompt, "margin": margin, "painter": painter, "paint_prompt": paint_prompt}
+    stated |= {"benchmark": benchmark, "seed": seed, "mmgem": __version__}
     work = out / FOLDER
     ranks.by_first(lambda: _claim(work, stated, overwrite))
     parts = list(range(0, len(dataset), PART))
@@ -184,10 +200,11 @@ def add_negatives(
     if left:
         frequency = words_of(text for n in range(min(len(dataset), PART)) for text in dataset.captions(n))
         shop = [make_maker(name, kinds, count, prompt, margin, frequency) for name in makers]
+        draws = make_painter(painter, paint_prompt, seed) if painter else None
         with Progress("negatives", len(dataset), "samples") as progress:
             progress.advance(PART * (len(parts) - len(left)))
             for start in ranks.own(left):
-                _do_part(work, dataset, range(start, min(start + PART, len(dataset))), shop, seed)
+                _do_part(work, dataset, range(start, min(start + PART, len(dataset))), shop, draws, seed)
                 progress.advance(min(PART, len(dataset) - start) * ranks.count)
     ranks.sums(1)  # all have finished
     found: dict[str, Any] = ranks.by_first(lambda: _finish(out, dataset, parts, split, stated, overwrite))
@@ -212,7 +229,9 @@ def _claim(work: Path, stated: dict[str, Any], overwrite: bool) -> None:
     write_json(file, stated)
 
 
-def _do_part(work: Path, dataset: ShardedDataset, samples: range, shop: Sequence[Maker], seed: int) -> None:
+def _do_part(
+    work: Path, dataset: ShardedDataset, samples: range, shop: Sequence[Maker], painter: Painter | None, seed: int
+) -> None:
     lines = []
     for number in samples:
         captions = dataset.captions(number)
@@ -225,8 +244,30 @@ def _do_part(work: Path, dataset: ShardedDataset, samples: range, shop: Sequence
                 for one in some:
                     if one.text.strip().lower() not in true and one.text not in {other["text"] for other in made}:
                         made.append({"text": one.text, "kind": one.kind, "caption": caption, "by": maker.name})
+        if painter is not None and made:
+            _draw(made, painter, dataset, number)
         lines.append(json.dumps(made, ensure_ascii=False) + "\n")
     write_text(_file(work, samples.start), "".join(lines))
+
+
+def _draw(made: list[dict[str, Any]], painter: Painter, dataset: ShardedDataset, number: int) -> None:
+    """A picture of each, of the kind of file that the sample's own is, so that its traces do not give it away."""
+    try:
+        as_png = image_extension(dataset.sample(number).image) == "png"
+    except SampleError:
+        return
+    for one, drawn in zip(made, painter.pictures([one["text"] for one in made]), strict=True):
+        if drawn is not None:
+            one |= {"picture": b64encode(_encoded(drawn, as_png)).decode(), "drawn_by": painter.name}
+
+
+def _encoded(picture: Image.Image, as_png: bool) -> bytes:
+    file = BytesIO()
+    if as_png:
+        picture.save(file, "PNG")
+    else:
+        picture.convert("RGB").save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
 
 
 def _finish(
@@ -240,8 +281,11 @@ def _finish(
         "samples": len(dataset),
         "negatives": kinds.total(),
         "kinds": dict(kinds.most_common()),
+        "drawn": sum("picture" in one for made in _made(work, parts) for one in made),
         "settings": stated,
     }
+    if stated["painter"] and not result["drawn"]:
+        raise UserError(f"--painter {stated['painter']}: of {result['negatives']} negatives it drew none")
     write_json(out / "negatives.json", result)
     prepare(
         lambda: _records(dataset, _made(work, parts), split),
@@ -250,7 +294,34 @@ def _finish(
         overwrite=overwrite,
         max_broken=0.0,
     )
+    if stated["benchmark"]:
+        _write_benchmark(out / BENCHMARK, dataset, _made(work, parts))
     return result
+
+
+def _write_benchmark(folder: Path, dataset: ShardedDataset, made: Iterator[list[dict[str, Any]]]) -> None:
+    """SugarCrepe's layout: KIND.json, {number: {filename, caption, negative_caption}}, and images/. Whole or not."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "images").mkdir(parents=True)
+    items: dict[str, dict[str, dict[str, str]]] = {}
+    for number, negatives in enumerate(made):
+        try:
+            sample = dataset.sample(number) if negatives else None
+        except SampleError:
+            continue
+        if sample is None:
+            continue
+        name = f"{number:08d}.{image_extension(sample.image)}"
+        (unfinished / "images" / name).write_bytes(sample.image)
+        for one in negatives:
+            of_kind = items.setdefault(one["kind"], {})
+            texts = {"caption": sample.captions[one["caption"]], "negative_caption": one["text"]}
+            of_kind[str(len(of_kind))] = {"filename": name, **texts}
+    for kind, of_kind in items.items():
+        (unfinished / f"{kind}.json").write_text(json.dumps(of_kind, ensure_ascii=False, indent=1), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.replace(folder)
 
 
 def _made(work: Path, parts: Sequence[int]) -> Iterator[list[dict[str, Any]]]:

@@ -30,6 +30,7 @@ from mmgem.errors import UserError
 from mmgem.evaluation.result import write_json, write_text
 from mmgem.progress import Progress
 from mmgem.ranks import Ranks
+from mmgem.refine.classify import make_classifier
 from mmgem.refine.encoders import Tower, make_encoders
 from mmgem.refine.gate import Combine, Gate
 from mmgem.refine.makers import make_captioner, make_painter
@@ -53,6 +54,8 @@ class Settings:
     painter: str | None = None
     paint_prompt: str = ""
     duplicates: float = 0.95
+    keep_texts: tuple[str, ...] = ()
+    keep_pictures: tuple[str, ...] = ()
     rules: Rules = field(default_factory=Rules)
 
 
@@ -106,6 +109,8 @@ def _claim(work: Path, stated: dict[str, Any], overwrite: bool) -> None:
 
 
 def _open_shop(work: Path, found: Sequence[Unit], settings: Settings, device: str, ranks: Ranks) -> Shop:
+    keep_texts = [make_classifier(name, "text") for name in settings.keep_texts]
+    keep_pictures = [make_classifier(name, "picture") for name in settings.keep_pictures]
     encoders = make_encoders(settings.encoders, device)
     gate_file = work / "gate.json"
 
@@ -126,7 +131,7 @@ def _open_shop(work: Path, found: Sequence[Unit], settings: Settings, device: st
     captioner = make_captioner(settings.captioner, settings.caption_prompt, device) if settings.captioner else None
     painter = make_painter(settings.painter, settings.paint_prompt) if settings.painter else None
     gate = Gate.from_json(json.loads(gate_file.read_text(encoding="utf-8")))
-    return Shop(encoders, gate, settings.rules, captioner, painter)
+    return Shop(encoders, gate, settings.rules, captioner, painter, keep_texts, keep_pictures)
 
 
 # ----------------------------------------------------------------------------------------- after all units

@@ -4,7 +4,8 @@ Receives the units, encoders, a gate, and what makes captions and pictures. Give
 `WORK/units/UNIT.jsonl`, and the pictures that were made in `WORK/pictures/UNIT/`. A unit's files appear whole or not at
 all: what is there is not done again. Refuses, with a UserError, work of other settings in the same folder.
 
-A sample's way: unreadable pictures, texts too short or too long and pictures too narrow are out; a pair's texts that
+A sample's way: unreadable pictures, texts too short or too long, pictures too narrow and what the classifiers do not
+keep are out; a pair's texts that
 the gate lets through stay; where it lets none through, the captioner writes one, and the gate decides again; so it is
 with a picture without text, and, with the painter, with a text without picture.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +32,7 @@ from mmgem.data.audit.hashes import thumbnail
 from mmgem.data.samples import SampleError, decode_image, parse_sample
 from mmgem.errors import UserError
 from mmgem.evaluation.result import write_text
+from mmgem.refine.classify import Classifier
 from mmgem.refine.encoders import Encoder, Tower
 from mmgem.refine.gate import Combine, Floats, Gate
 from mmgem.refine.makers import Captioner, Painter
@@ -40,22 +43,37 @@ CALIBRATION = 2000
 """Pairs, of the first units, by which heads are fitted and wrong pairs known."""
 
 KEPT, REPAIRED, CAPTIONED, PAINTED, DROPPED = "kept", "repaired", "captioned", "painted", "dropped"
+TOO_LONG = "text too long"
 FATES = (KEPT, REPAIRED, CAPTIONED, PAINTED, DROPPED)
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is looked at before any model is asked. words: of a text. aspect: the longer side by the shorter."""
+    """What is looked at before any model is asked. words: of a text. aspect: the longer side by the shorter. short: a
+    text of more words is also kept short, as its first sentences; 0: not."""
 
     min_words: int = 2
     max_words: int = 80
     max_aspect: float = 4.0
     min_side: int = 16
+    short: int = 0
 
     def text(self, text: str) -> str:
         """Why it is out, or "" """
         count = len(text.split())
-        return "text too short" if count < self.min_words else "text too long" if count > self.max_words else ""
+        return "text too short" if count < self.min_words else TOO_LONG if count > self.max_words else ""
+
+    def shortened(self, text: str) -> str:
+        """The first sentences, or "" where the text is short or none of them is."""
+        if not self.short or len(text.split()) <= self.short:
+            return ""
+        taken = ""
+        for sentence in re.split(r"(?<=[.!?])\s+", text):
+            longer = f"{taken} {sentence}".strip()
+            if len(longer.split()) > self.short:
+                break
+            taken = longer
+        return taken
 
     def picture(self, image: Image.Image) -> str:
         small, large = sorted(image.size)
@@ -99,6 +117,24 @@ class Shop:
     rules: Rules
     captioner: Captioner | None = None
     painter: Painter | None = None
+    keep_texts: Sequence[Classifier] = ()
+    keep_pictures: Sequence[Classifier] = ()
+
+    def texts_out(self, texts: Sequence[str]) -> dict[str, str]:
+        """Why each text is out, or "": by the rules, and then by the classifiers."""
+        why = {text: self.rules.text(text) for text in texts}
+        for classifier in self.keep_texts:
+            left = [text for text in why if not why[text]]
+            why |= dict(zip(left, classifier.refusals(left), strict=True))
+        return why
+
+    def pictures_out(self, images: dict[str, Image.Image]) -> dict[str, str]:
+        """By key, as `texts_out`."""
+        why = {key: self.rules.picture(image) for key, image in images.items()}
+        for classifier in self.keep_pictures:
+            left = [key for key in why if not why[key]]
+            why |= dict(zip(left, classifier.refusals([images[key] for key in left]), strict=True))
+        return why
 
     def see(self, images: dict[str, Image.Image]) -> dict[str, Seen]:
         """By key. Each picture goes through each encoder once."""
@@ -219,26 +255,31 @@ def _do_batch(batch: Sequence[Raw], shop: Shop, pictures: Path) -> tuple[list[Ou
     asked: list[tuple[str, str]] = []  # (key, text), to be judged
     to_write: list[str] = []
     to_paint: list[tuple[str, str]] = []
+    opened = {raw.key: image for raw in batch if raw.image is not None and (image := _opened(raw)) is not None}
+    pictures_out = shop.pictures_out(opened)
+    texts_out = shop.texts_out(list(dict.fromkeys(text for raw in batch for text in raw.texts)))
     for raw in batch:
         own = outcomes[raw.key]
-        good = []
+        good: list[str] = []
         for text in dict.fromkeys(raw.texts):
-            if why := shop.rules.text(text):
+            if why := texts_out[text]:
                 own.why = own.why or why
                 own.left.append((text, float("-inf")))
             else:
                 good.append(text)
+            if why in ("", TOO_LONG) and (short := shop.rules.shortened(text)):
+                good.append(short)
+        good = list(dict.fromkeys(good))
         if raw.image is None:
             own.why = "" if good else own.why
             to_paint += [(raw.key, good[0])] if good else []
             continue
-        image = _opened(raw)
-        if image is None:
+        if raw.key not in opened:
             own.why = "picture unreadable"
-        elif why := shop.rules.picture(image):
+        elif why := pictures_out[raw.key]:
             own.why = why
         else:
-            images[raw.key], own.why = image, ""
+            images[raw.key], own.why = opened[raw.key], ""
             asked += [(raw.key, text) for text in good]
             to_write += [] if good else [raw.key]
     seen = shop.see(images)
@@ -275,14 +316,17 @@ def _write(
             outcomes[key].why = "wrong pair" if key in had_text else "no text"
         return
     written = shop.captioner.captions([seen[key].image for key in keys]) if keys else []
+    texts_out = shop.texts_out(list(dict.fromkeys(filter(None, written))))
     for repaired in (True, False):
         fate = REPAIRED if repaired else CAPTIONED
         own = [(key, text) for key, text in zip(keys, written, strict=True) if (key in had_text) == repaired]
         for key, text in own:
             outcomes[key].made_by = shop.captioner.name
             already = {left for left, _ in outcomes[key].left}
-            if not text or text in already or shop.rules.text(text):
-                outcomes[key].why = "captioner wrote the same text" if text in already else "captioner wrote nothing"
+            if text in already:
+                outcomes[key].why = "captioner wrote the same text"
+            else:
+                outcomes[key].why = texts_out[text] if text else "captioner wrote nothing"
         pairs = [(key, text) for key, text in own if not outcomes[key].why]
         _judge(pairs, seen, shop, outcomes, fate)
         for key, _ in pairs:
@@ -297,10 +341,12 @@ def _paint(pairs: Sequence[tuple[str, str]], shop: Shop, outcomes: dict[str, Out
             outcomes[key].why = "no picture"
         return {}
     painted = shop.painter.pictures([text for _, text in pairs]) if pairs else []
-    seen = shop.see({key: image for (key, _), image in zip(pairs, painted, strict=True) if image is not None})
+    images = {key: image for (key, _), image in zip(pairs, painted, strict=True) if image is not None}
+    why = shop.pictures_out(images)
+    seen = shop.see({key: image for key, image in images.items() if not why[key]})
     for key, _ in pairs:
         outcomes[key].made_by = shop.painter.name
-        outcomes[key].why = "" if key in seen else "painter drew nothing"
+        outcomes[key].why = why.get(key, "painter drew nothing")
     _judge([pair for pair in pairs if pair[0] in seen], seen, shop, outcomes, PAINTED)
     for key, one in seen.items():
         own = outcomes[key]

@@ -240,9 +240,16 @@ class StepFlops:
 
 
 def step_flops(
-    shapes: Shapes, stage: StageConfig, pictures: int, texts: TextCounts, boxes: int = 0, ranks: int = 1
+    shapes: Shapes,
+    stage: StageConfig,
+    samples: int,
+    texts: TextCounts,
+    boxes: int = 0,
+    ranks: int = 1,
+    made: int | None = None,
 ) -> StepFlops:
-    """A step of `pictures` samples of one rank and all their texts and boxes, all micro-batches together.
+    """A step of so many samples of one rank and all their texts and boxes, all micro-batches together. made: pictures
+    that were made of theirs; None: as many as there can be.
 
     Backward of a product that trains: twice its forward, for its input and for its weights (Kaplan et al. 2020,
     arXiv 2001.08361, section 2.1); of a frozen one that a gradient passes through, once. Attention has no weights:
@@ -250,6 +257,7 @@ def step_flops(
     in the backward pass.
     """
     C, D, E = shapes.projected
+    pictures = samples + (samples * stage.made_pictures if made is None else made)
     trunk = 0.0 if shapes.cached else pictures * shapes.trunk
     rest = pictures * (shapes.picture - shapes.trunk)
     heads = 2.0 * E * ((pictures + boxes) * C + (texts.texts + texts.written) * D)
@@ -263,7 +271,7 @@ def step_flops(
     backward = 2 * rest * ("vision" in shapes.trained) + 2 * heads * passes + 2 * contrast
     backward += both * (layers + words) + 2 * passes * attention
     embedded = texts.embed_tokens * shapes.token + texts.embed_pairs * shapes.pair
-    in_micro_batches = stage.micro_batch is not None and stage.micro_batch < pictures
+    in_micro_batches = stage.micro_batch is not None and stage.micro_batch < samples
     again_llm = float("llm" in shapes.recomputed) * passes
     empty_tokens = (texts.padded_tokens - texts.tokens) * shapes.token
     empty_pairs = (texts.padded_pairs - texts.pairs) * shapes.pair
@@ -320,18 +328,19 @@ def step_activations(
     dtype = model.h1.weight.dtype
     with mode, _regions_without_values(model), _no_attention_dropout(on_gpu):
         indices = PackedTexts(*(mode.from_tensor(getattr(texts, name)) for name in PackedTexts.__slots__))
-        count = stage.captions_per_image * samples + stage.max_regions * samples
-        vector_M = torch.empty(count, dtype=torch.int64)
+        of_sample = stage.captions_per_image * (1 + stage.negatives.texts) + stage.max_regions
+        vector_M = torch.empty(samples * of_sample, dtype=torch.int64)
         boxes_R4 = torch.empty(stage.max_regions * samples, 4)
         image_R = torch.empty(len(boxes_R4), dtype=torch.int64)
         from_trunk = stage.cached_views > 0
+        count = samples * (1 + stage.made_pictures)
         with _LiveBytes(model) as live:
             if from_trunk:
                 kept = model.vision.trunk(torch.empty(1, 3, size, size, dtype=dtype)).shape[1:]
                 live.forget()
-                pictures = torch.empty(samples, *kept, dtype=dtype)
+                pictures = torch.empty(count, *kept, dtype=dtype)
             else:
-                pictures = torch.empty(samples, 3, size, size).to(dtype)
+                pictures = torch.empty(count, 3, size, size).to(dtype)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 out = model(pictures, indices, vector_M, boxes_R4, image_R, from_trunk)
                 loss = at_least_fp32(out.v_BE.sum() + out.t_ME.sum() + out.r_RE.sum())

@@ -220,9 +220,10 @@ def states(engine: Engine, weights: Weights, average: bool = False) -> Memory:
 def held_vectors(stage: StageConfig, samples: int, texts: int, embed_dim: int, ranks: int) -> float:
     """Of a rank's share of `samples` with `texts`: with micro-batches (GradCache) the vectors of all of them and their
     gradients are held; the contrastive loss holds those of all ranks' texts, their gradient, and the sum it sends."""
-    rows = samples * (1 + stage.max_regions) + texts
+    images = samples * (1 + stage.made_pictures + stage.max_regions)
+    rows = images + texts
     own = 2 * rows if stage.micro_batch is not None and stage.micro_batch < samples else 0
-    scores = min(TILE, samples * (1 + stage.max_regions) * texts * ranks)
+    scores = min(TILE, images * texts * ranks)
     return FP32 * (embed_dim * (own + 3 * texts * ranks) + 3 * scores)
 
 

@@ -23,7 +23,7 @@ from mmgem.losses.cached import Vectors, refuse_other_vectors, surrogate, vector
 from mmgem.losses.caption import caption_kernel, caption_loss, caption_losses
 from mmgem.losses.contrastive import contrastive_loss
 from mmgem.losses.gather import sum_over_ranks
-from mmgem.losses.negatives import focal_loss, hard_scores, intra_modal_loss, rank_loss, written_loss
+from mmgem.losses.negatives import focal_loss, hard_scores, intra_modal_loss, rank_loss, triplet_loss, written_loss
 from mmgem.model import MMGem, Output
 from mmgem.negatives import KIND_NUMBERS
 from mmgem.precision import at_least_fp32
@@ -32,7 +32,7 @@ from mmgem.training.optim import freeze, make_optimizer, schedule, set_modes
 from mmgem.training.strategy import Engine, repeated_blocks, share_out
 from mmgem.training.temperature import Temperature
 
-VECTOR_LOSSES = ("emb", "region_emb", "hard_columns", "hard_rank", "hard_intra", "hard_focal")
+VECTOR_LOSSES = ("emb", "region_emb", "hard_columns", "hard_rank", "hard_intra", "hard_focal", "hard_triplet")
 WRITTEN_LOSSES = ("gen", "region_gen", "hard_written")
 
 
@@ -101,6 +101,7 @@ class StageModule(L.LightningModule):
             "hard_rank": negatives,
             "hard_intra": asked,
             "hard_focal": asked,
+            "hard_triplet": sum(int((b.other_picture_X >= 0).sum()) for b in share.micros),
             "hard_written": negatives,
         }
         anywhere = sum_over_ranks(torch.tensor(list(here.values()), device=self.device)).tolist()
@@ -194,7 +195,7 @@ class StageModule(L.LightningModule):
 
     def _vector_losses(self, vectors: Vectors, micros: Sequence[Batch], counts: dict[str, int]) -> dict[str, Tensor]:
         """emb: images and captions. region_emb: boxes and phrases. hard_…: with hard negatives. Unweighted."""
-        v_BE, r_RE, captions_ME, phrases_RE, others_XE, shuffled_HE = vectors
+        v_BE, r_RE, captions_ME, phrases_RE, others_XE, made_HE = vectors
         model, losses, robust = self.model, {}, self.stage.negatives.order_robust
 
         def ids(name: str) -> Tensor:
@@ -206,14 +207,14 @@ class StageModule(L.LightningModule):
             images, image_ids = v_BE, ids("image_id_B")
             texts, owners, text_ids = captions_ME, ids("caption_owner_M"), ids("caption_text_M")
             if with_others:
-                images, image_ids = torch.cat([images, shuffled_HE]), torch.cat([image_ids, ids("shuffled_id_H")])
+                images, image_ids = torch.cat([images, made_HE]), torch.cat([image_ids, ids("made_id_H")])
                 texts, owners = torch.cat([texts, others_XE]), torch.cat([owners, ids("other_owner_X")])
                 text_ids = torch.cat([text_ids, ids("other_text_X")])
             losses[name] = contrastive_loss(
                 images, image_ids, texts, owners, text_ids, model.logit_scale, model.logit_bias, self.stage.loss.kind
             )
-        if {"hard_rank", "hard_intra", "hard_focal"} & counts.keys():
-            losses |= self._hard_losses(v_BE, captions_ME, others_XE, micros, counts)
+        if {"hard_rank", "hard_intra", "hard_focal", "hard_triplet"} & counts.keys():
+            losses |= self._hard_losses(v_BE, captions_ME, others_XE, made_HE, micros, counts)
         if "region_emb" in counts:
             entities = ids("entity_id_R")
             losses["region_emb"] = contrastive_loss(
@@ -227,26 +228,40 @@ class StageModule(L.LightningModule):
         v_BE: Tensor,
         captions_ME: Tensor,
         others_XE: Tensor,
+        made_HE: Tensor,
         micros: Sequence[Batch],
         counts: dict[str, int],
     ) -> dict[str, Tensor]:
-        images, captions = 0, 0
-        image_M, caption_X = [], []
+        images, captions, made = 0, 0, 0
+        image_M, caption_X, drawn_X = [], [], []
         for batch in micros:
             image_M.append(batch.text_vector_M[: batch.captions] + images)
             caption_X.append(batch.other_caption_X + captions)
+            drawn_X.append(torch.where(batch.other_picture_X < 0, -1, batch.other_picture_X + made))
             images, captions = images + batch.samples, captions + batch.captions
+            made += len(batch.made_id_H)
         picture_ME = v_BE[torch.cat(image_M).to(self.device)]
         kind_X = torch.cat([batch.other_kind_X for batch in micros]).to(self.device)
         caption_X = torch.cat(caption_X).to(self.device)
         scores = hard_scores(picture_ME, captions_ME, others_XE, caption_X, kind_X, self.model.logit_scale)
         hard = self.stage.loss.hard
-        made: dict[str, Callable[[int], Tensor]] = {
+
+        def triplet(count: int) -> Tensor:
+            own_X = torch.cat(drawn_X).to(self.device)
+            asked_X = own_X >= 0
+            caption_K = caption_X[asked_X]
+            return triplet_loss(
+                picture_ME[caption_K], captions_ME[caption_K], made_HE[own_X[asked_X]], others_XE[asked_X],
+                self.model.logit_scale, count,
+            )  # fmt: skip
+
+        ways: dict[str, Callable[[int], Tensor]] = {
             "hard_rank": lambda count: rank_loss(scores, count, len(KIND_NUMBERS) + 1),
             "hard_intra": lambda count: intra_modal_loss(scores, count),
             "hard_focal": lambda count: focal_loss(scores, count, hard.focal_gamma, hard.focal_smoothing),
+            "hard_triplet": triplet,
         }
-        return {name: loss(counts[name]) for name, loss in made.items() if name in counts}
+        return {name: loss(counts[name]) for name, loss in ways.items() if name in counts}
 
     def _weighed(self, losses: dict[str, Tensor]) -> Tensor:
         terms = (self.stage.loss.weight(name) * value for name, value in losses.items())
@@ -292,7 +307,7 @@ class StageModule(L.LightningModule):
             self._seed(step, number)
             out, _ = engine.forward(batch, write=False)
             own_B = torch.arange(batch.samples, device=self.device)
-            owner_BR = torch.cat([own_B, batch.shuffled_sample_H, batch.region_image_R])
+            owner_BR = torch.cat([own_B, batch.made_sample_H, batch.region_image_R])
             owner_M = owner_BR[batch.text_vector_M][: len(out.t_ME)]
             owners = torch.cat([owner_BR[bad(torch.cat([out.v_BE, out.r_RE]))], owner_M[bad(out.t_ME)]])
             vectors += [batch.keys[i] for i in owners.unique().tolist()]

@@ -36,7 +36,8 @@ class Throughput:
         without what GradCache, checkpointing and padding add."""
         texts = [TextCounts.of(batch.texts) for batch in share.micros]
         total = TextCounts.sum(texts)
-        flops = step_flops(self.shapes, self.stage, len(share.keys), total, share.regions, self.ranks.count).model
+        counts = (len(share.keys), total, share.regions, self.ranks.count, share.made)
+        flops = step_flops(self.shapes, self.stage, *counts).model
         return total.tokens, flops
 
     def figures(self, tokens: float, flops: float) -> dict[str, float]:

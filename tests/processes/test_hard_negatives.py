@@ -9,20 +9,27 @@ import torch
 from tiny import FP64, Tiny, read_lines, weights
 from warm import Job
 
+from mmgem.refine.negatives import add_negatives
+
 SETTINGS = (
     "stages.1=null",
     "stages.0.samples=96",
     "stages.0.captions_per_image=2",
-    "stages.0.negatives={texts: 2, pictures: 1}",
-    "stages.0.loss.hard={columns: 0.5, rank: 0.2, intra: 0.2, focal: 0.5, written: 1.0}",
+    "stages.0.negatives={texts: 2, source: data, pictures: 1, drawn: true}",
+    "stages.0.loss.hard={columns: 0.5, rank: 0.2, intra: 0.2, focal: 0.5, triplet: 0.5, written: 1.0}",
 )
-LOSSES = ("loss", "loss_emb", "loss_gen", *(f"loss_hard_{n}" for n in ("columns", "rank", "intra", "focal", "written")))
+HARD = ("columns", "rank", "intra", "focal", "triplet", "written")
+LOSSES = ("loss", "loss_emb", "loss_gen", *(f"loss_hard_{name}" for name in HARD))
 
 
 def test_the_same_on_ranks_and_in_micro_batches(tiny: Tiny, tmp_path: Path) -> None:
+    add_negatives(
+        tiny.data, tmp_path / "data", "train", kinds=["colour", "relation", "swap"], count=2, painter="scenes"
+    )
+    drawn = Tiny(tmp_path / "data")
     cuts = {"whole": (1, ()), "micro": (1, ("stages.0.micro_batch=5",)), "ranks": (4, ("training.strategy=ddp",))}
     jobs = [
-        Job(tiny.arguments(tmp_path / name, *FP64, *SETTINGS, *more), ranks, tmp_path / f"{name}.out")
+        Job(drawn.arguments(tmp_path / name, *FP64, *SETTINGS, *more), ranks, tmp_path / f"{name}.out")
         for name, (ranks, more) in cuts.items()
     ]
     for job in jobs:

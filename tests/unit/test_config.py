@@ -280,6 +280,22 @@ def test_wrong_types_are_refused_with_their_place(file: Path, override: str, pla
             ["stages.0.negatives={texts: 1, kinds: [shuffle], order_robust: true}", "stages.0.loss.hard.columns=1"],
             "order_robust makes positives, and loss.hard is for negatives",
         ),
+        (
+            ["stages.0.negatives={texts: 1, max_words: 0}", "stages.0.loss.hard.rank=1"],
+            "negatives.max_words must be at least 1, or null",
+        ),
+        (
+            ["stages.0.negatives={texts: 1, drawn: true}", "stages.0.loss.hard.triplet=1"],
+            "negatives.drawn takes pictures that lie with the data: set negatives.source to data",
+        ),
+        (
+            ["stages.0.negatives={texts: 1, source: data}", "stages.0.loss.hard.triplet=1"],
+            "loss.hard.triplet needs pictures of the negatives: set negatives.drawn",
+        ),
+        (
+            ["stages.0.negatives={texts: 1, source: data, drawn: true}", "stages.0.loss.hard.rank=1"],
+            "negatives.drawn: no loss uses the pictures",
+        ),
         (["stages.0.negatives={texts: 1, order_robust: true}"], "order_robust is for words in another order: set"),
     ],
 )
@@ -301,6 +317,7 @@ def test_contradictions_are_refused(file: Path, overrides: list[str], match: str
         ["stages.0.negatives={texts: 1, source: data, kinds: [llm]}", "stages.0.loss.hard.written=1"],
         ["stages.0.negatives={texts: 1, pictures: 1, kinds: [shuffle], order_robust: true}"],
         ["stages.0.negatives.pictures=1", "stages.0.loss={emb: 0, hard: {columns: 1}}"],
+        ["stages.0.negatives={texts: 1, source: data, drawn: true}", "stages.0.loss.hard.triplet=1"],
     ],
 )
 def test_what_only_looks_like_a_contradiction_is_taken(file: Path, overrides: list[str]):

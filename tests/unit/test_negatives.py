@@ -6,21 +6,25 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_tasks import make_sample
 
 from mmgem.cli import main
 from mmgem.config import NegativesConfig
 from mmgem.data.others import Others, shuffled_patches, stored_negatives
 from mmgem.data.prepare.scenes import prepare_scenes
+from mmgem.data.scene_from_text import scene_from_text
 from mmgem.data.scenes import iter_scenes
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
+from mmgem.evaluation.layouts.composition import read_composition
 from mmgem.negatives import COLOURS, KINDS, negatives_of, words_of
 from mmgem.refine.negatives import LanguageModel, add_negatives, make_maker
 from mmgem.text import train_tokenizer
@@ -122,10 +126,13 @@ class Captions:
 def test_texts_of_a_sample() -> None:
     wanted = NegativesConfig(texts=2, kinds=["colour"])
     sample = make_sample("a", "red", "blue", ["a red ball", "a blue thing", "here"])
-    others = Others(Captions(), wanted).texts(sample, [0, 2], np.random.default_rng(0))  # type: ignore[arg-type]
+    others, drawn = Others(Captions(), wanted).texts(sample, [0, 2], np.random.default_rng(0))  # type: ignore[arg-type]
     # Of the data's colours red is the caption's and blue the picture's; "here" has no colour.
-    assert [(one.caption, one.text) for one in others] == [(0, "a green ball")]
-    assert Others(Captions(), NegativesConfig()).texts(sample, [0], np.random.default_rng(0)) == ()  # type: ignore[arg-type]
+    assert [(one.caption, one.text, one.picture) for one in others] == [(0, "a green ball", -1)] and not drawn
+    short = Others(Captions(), NegativesConfig(texts=2, kinds=["colour"], max_words=2))  # type: ignore[arg-type]
+    longer = make_sample("a", "red", "blue", ["a red ball", "red ball"])
+    assert [one.caption for one in short.texts(longer, [0, 1], np.random.default_rng(0))[0]] == [1]
+    assert Others(Captions(), NegativesConfig()).texts(sample, [0], np.random.default_rng(0)) == ((), [])  # type: ignore[arg-type]
 
 
 def test_negatives_that_lie_with_a_sample() -> None:
@@ -185,6 +192,46 @@ def test_negatives_are_kept_with_the_samples_and_work_is_gone_on_with(tmp_path: 
         add_negatives(tmp_path / "data", tmp_path / "out", "train", kinds=["colour", "swap"], count=1)
 
 
+def test_pictures_of_negatives_and_a_benchmark_of_them(tmp_path: Path) -> None:
+    prepare_scenes(tmp_path / "data", train=8, val=0, test=0, processes=1)
+    kinds = ["colour", "relation"]
+    found = add_negatives(
+        tmp_path / "data", tmp_path / "out", "train", kinds=kinds, count=2, painter="scenes", benchmark=True
+    )
+    split = ShardedDataset(tmp_path / "out/train", verify=True)
+    drawn = 0
+    wanted = NegativesConfig(texts=2, source="data", kinds=kinds, pictures=1, drawn=True)
+    others = Others(split, wanted)  # type: ignore[arg-type]
+    for n in range(8):
+        sample = split.sample(n)
+        texts, pictures = others.texts(sample, range(5), np.random.default_rng(0))
+        assert [one.picture for one in texts if one.picture >= 0] == [1 + k for k in range(len(pictures))]
+        drawn += len(pictures)
+        for one, picture in zip((one for one in texts if one.picture >= 0), pictures, strict=True):
+            file, painted = BytesIO(), scene_from_text(one.text, 0, size=112)
+            assert painted is not None
+            painted.save(file, "JPEG", quality=92)  # as the samples' own pictures are
+            assert np.array_equal(np.asarray(picture), np.asarray(Image.open(file)))
+        without = Others(split, replace(wanted, drawn=False)).texts(sample, range(5), np.random.default_rng(0))  # type: ignore[arg-type]
+        assert not without[1] and [one.text for one in without[0]] == [one.text for one in texts]
+    assert drawn == found["drawn"] > 30
+    benchmark = read_composition(tmp_path / "out")["sugarcrepe"]
+    assert len(benchmark.items) + benchmark.equal == found["negatives"]
+    assert {item.subset for item in benchmark.items} == set(kinds)
+    first = benchmark.items[0]
+    assert first.pictures[0].path.read_bytes() in {split.sample(n).image for n in range(8)}
+    assert first.texts[0] in split.sample(int(first.pictures[0].path.stem)).captions and first.pairs == ((0, 0),)
+
+
+def test_pictures_of_negatives_that_cannot_be_read() -> None:
+    for picture in ("", "no base64!", "aGVsbG8=", 5):
+        stored = [{"text": "a blue ball", "kind": "colour", "picture": picture}]
+        sample = replace(make_sample("a", "red", "blue", ["a red ball"]), meta={"negatives": stored})
+        wanted = NegativesConfig(texts=1, source="data", drawn=True)
+        texts, pictures = Others(Captions(), wanted).texts(sample, [0], np.random.default_rng(0))  # type: ignore[arg-type]
+        assert [(one.text, one.picture) for one in texts] == [("a blue ball", -1)] and not pictures
+
+
 def test_a_language_model_is_asked_and_its_odd_answers_are_left_out(tmp_path: Path) -> None:
     """GPT-2's own classes, tiny and random; then what it says is put in its mouth."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -224,6 +271,7 @@ def test_makers_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--kinds", "color"], "--kinds: no rule makes color; the kinds are colour"),
         (["--count", "0"], "--count 0: at least 1"),
         (["--kinds", "verb"], "nothing was made of the captions"),
+        (["--painter", "gan"], "--painter gan: give scenes or diffusers:NAME"),
         (["--split", "val"], "val"),
     ):
         assert main([*command, *more, "--overwrite"]) == 2
