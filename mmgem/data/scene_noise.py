@@ -37,7 +37,7 @@ def noisy_scenes(out: Path, count: int, *, seed: int = 0, size: int = 112, a_tar
                     buffer = io.BytesIO()
                     scene.image.save(buffer, "JPEG", quality=95, subsampling=0)
                     _add(tar, f"s{n:06d}.jpg", buffer.getvalue())
-                record = {"kind": kinds[n]} | (
+                record = {"kind": kinds[n], "scene": n} | (
                     {} if kinds[n] == "no text" else {"caption": text, "truth": {text: right}}
                 )
                 _add(tar, f"s{n:06d}.json", json.dumps(record).encode())

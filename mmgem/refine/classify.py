@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mmgem.errors import UserError, one_line
 
@@ -79,4 +79,4 @@ def _own(option: str, name: str, place: str, kept: frozenset[str]) -> Classifier
         raise UserError(f"{option}: cannot be loaded ({one_line(e)[:200]})") from e
     if not callable(found):
         raise UserError(f"{option}: {place} is no function")
-    return Classifier(name, found, kept)
+    return Classifier(name, cast(Labels, found), kept)

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
-from tiny import Process, Tiny, run
+from tiny import Tiny
+from warm import Job
 
 
 @pytest.fixture(scope="module")
 def model(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
-    done = run(*tiny.arguments(folder, "stages.0.samples=64", "stages.1.samples=64"))
-    assert done.code == 0, done.err
+    assert tiny.train(folder, "stages.0.samples=64", "stages.1.samples=64") == 0
     return folder
 
 
 def evaluated(model: Path, data: Path, out: Path, ranks: int) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     # 5 batches of 5 and less: the last rank has fewer than the others.
-    command = ["eval", "all", "--model", model, "--data", data, "--out", out, "--batch-size", "5"]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    shared["LOCAL_WORLD_SIZE"] = str(ranks)
-    started = [Process(*command, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(ranks)]
-    done = [process.wait() for process in started]
-    assert [d.code for d in done] == [0] * ranks, done[-1].err
-    assert done[0].out.endswith("report.html\n") and all(d.out == "" for d in done[1:])
+    command = ["eval", "all", "--model", str(model), "--data", str(data), "--out", str(out), "--batch-size", "5"]
+    job = Job(command, ranks, out.with_suffix(".out"))
+    job.finish()
+    assert job.ranks[0].printed.endswith("report.html\n")
+    assert all("report.html" not in rank.printed for rank in job.ranks[1:])
     return json.loads((out / "metrics.json").read_text())
 
 

@@ -1,18 +1,19 @@
 """A run that is killed anywhere, and goes on, on whatever number of ranks, is the run that was never stopped.
 
-The ranks are real processes over gloo, started as a scheduler would start them, and killed with SIGKILL.
+The ranks are real processes over gloo, placed as a scheduler would place them, and killed with SIGKILL.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import signal
-import socket
 import time
 from pathlib import Path
 
 import pytest
-from tiny import FP64, Finished, Process, Tiny, figures, read_lines, same_bits, weights
+from tiny import FP64, Process, Tiny, figures, read_lines, same_bits, weights
+from warm import Job
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 STEPS = 120
@@ -25,43 +26,13 @@ FP32 = ("model.vision.frozen_statistics=true", "stages.0.lr=2e-5", "stages.1.lr=
 OFTEN = "training.checkpoint_every=4"
 
 
-class Job:
-    """The ranks of one run, as those of so many machines."""
-
-    def __init__(self, tiny: Tiny, run: Path, count: int, *settings: str, nodes: int = 1):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        arguments = tiny.arguments(run, *SETTINGS, *settings, resume="auto")[1:]
-        self.run, local = run, count // nodes
-        self.ranks = [
-            Process(
-                *arguments,
-                script=TRAIN,
-                **{"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-                **{"LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local)},
-            )
-            for rank in range(count)
-        ]
-
-    def wait(self) -> list[Finished]:
-        return [rank.wait() for rank in self.ranks]
-
-    def kill_after(self, step: int) -> None:
-        self.ranks[0].wait_for_lines(self.run / "log.jsonl", step)
-        self.kill()
-
-    def kill(self) -> None:
-        """All ranks, and their workers."""
-        assert self.ranks[0].popen.poll() is None, "it has ended before it could be killed"
-        for rank in self.ranks:
-            rank.signal(signal.SIGKILL, group=True)
-        assert {done.code for done in self.wait()} == {-signal.SIGKILL}
+def start(tiny: Tiny, run: Path, count: int, *settings: str, nodes: int = 1) -> Job:
+    place = run.parent / f"{run.name}.{len(list(run.parent.iterdir()))}"
+    return Job(tiny.arguments(run, *SETTINGS, *settings, resume="auto"), count, place, nodes=nodes)
 
 
 def finish(tiny: Tiny, run: Path, count: int, *settings: str) -> None:
-    for done in Job(tiny, run, count, *settings).wait():
-        assert done.code == 0, done.err
+    start(tiny, run, count, *settings).finish()
 
 
 def keys(run: Path) -> list[list[str]]:
@@ -71,21 +42,25 @@ def keys(run: Path) -> list[list[str]]:
 def test_killed_twenty_times(tiny: Tiny, tmp_path: Path) -> None:
     """At random moments of starting, training and saving, with and without workers: not a digit differs."""
     begun = time.monotonic()
-    unbroken = Job(tiny, tmp_path / "unbroken", 1, OFTEN)
-    unbroken.ranks[0].wait_for_lines(tmp_path / "unbroken/log.jsonl", 1)
-    start = time.monotonic() - begun
-    assert unbroken.wait()[0].code == 0
+    unbroken = Process(*tiny.arguments(tmp_path / "unbroken", *SETTINGS, OFTEN)[1:], script=TRAIN)
+    unbroken.wait_for_lines(tmp_path / "unbroken/log.jsonl", 1)
+    takes = time.monotonic() - begun
+    assert unbroken.wait().code == 0
     run, chance, reached = tmp_path / "run", random.Random(0), []
     log = run / "log.jsonl"
     for number in range(20):
-        job = Job(tiny, run, 1, OFTEN, f"data.workers={chance.choice([0, 0, 2])}")
+        settings = (OFTEN, f"data.workers={chance.choice([0, 0, 2])}")
         if number % 4 == 3:
-            time.sleep(chance.uniform(0, start))
+            cold = Process(*tiny.arguments(run, *SETTINGS, *settings, resume="auto")[1:], script=TRAIN)
+            time.sleep(chance.uniform(0, takes))
+            cold.signal(signal.SIGKILL, group=True)
+            assert cold.wait().code == -signal.SIGKILL
         else:
             # So many steps further, and somewhere in the next one, or in the saving of a checkpoint before it.
-            job.ranks[0].wait_for_lines(log, max(reached, default=0) + chance.randint(1, 7))
+            job = start(tiny, run, 1, *settings)
+            job.wait_for_lines(log, max(reached, default=0) + chance.randint(1, 7))
             time.sleep(chance.uniform(0, 0.05))
-        job.kill()
+            job.kill()
         reached.append(log.read_bytes().count(b"\n") if log.is_file() else 0)
     print("killed after steps", reached)
     assert 60 < max(reached) < STEPS
@@ -100,7 +75,9 @@ def test_one_two_four_and_one_rank_in_turn(tiny: Tiny, tmp_path: Path, settings:
     finish(tiny, tmp_path / "unbroken", 1, *settings)
     run = tmp_path / "run"
     for count, nodes, kill_after in ((1, 1, 35), (2, 2, 64), (4, 2, 93)):
-        Job(tiny, run, count, *settings, nodes=nodes).kill_after(kill_after)
+        job = start(tiny, run, count, *settings, nodes=nodes)
+        job.wait_for_lines(run / "log.jsonl", kill_after)
+        job.kill()
     finish(tiny, run, 1, *settings)
     assert keys(run) == keys(tmp_path / "unbroken") and len(keys(run)) == STEPS
     pairs = list(zip(figures(run), figures(tmp_path / "unbroken"), strict=True))
@@ -114,11 +91,10 @@ def test_one_two_four_and_one_rank_in_turn(tiny: Tiny, tmp_path: Path, settings:
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny: Tiny, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = Job(tiny, run, 2, *FP64)
-    job.ranks[0].wait_for_lines(run / "log.jsonl", 5)
-    job.ranks[1].signal(signal.SIGTERM)
-    ends = job.wait()
-    assert [done.code for done in ends] == [143, 143], [done.err for done in ends]
-    assert "stopped; to go on:" in ends[0].err and "Traceback" not in ends[0].err + ends[1].err
+    job = start(tiny, run, 2, *FP64)
+    job.wait_for_lines(run / "log.jsonl", 5)
+    os.kill(job.ranks[1].pid, signal.SIGTERM)
+    assert job.wait() == [143, 143], job.printed
+    assert "stopped; to go on:" in job.ranks[0].printed and "Traceback" not in job.printed
     steps = len(figures(run))
     assert [p.name for p in (run / "checkpoints").glob("step-*")] == [f"step-{steps:08d}.ckpt"], "nothing is done twice"

@@ -65,7 +65,7 @@ class Rank:
     def printed(self) -> str:
         return self.out.read_text() if self.out.exists() else ""
 
-    def end(self, timeout: float = 120) -> tuple[int, float]:
+    def end(self, timeout: float = 240) -> tuple[int, float]:
         """Its exit code (negative: the signal), and when it ended, by `time.monotonic`."""
         return tuple(json.loads(self._when_there(".end", timeout)))
 
@@ -74,9 +74,9 @@ class Rank:
 
 
 class Job:
-    """The ranks of one run on this machine."""
+    """The ranks of one run, as those of one machine, or of several."""
 
-    def __init__(self, arguments: Sequence[str], count: int, out: Path, spoiled: str | None = None):
+    def __init__(self, arguments: Sequence[str], count: int, out: Path, spoiled: str | None = None, nodes: int = 1):
         """out: a folder for what they print; made anew."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -84,7 +84,8 @@ class Job:
         out.mkdir(parents=True)
         self.ranks = []
         for rank in range(count):
-            place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
+            local = count // nodes
+            place = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
             place |= {
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
@@ -97,7 +98,7 @@ class Job:
     def running(self) -> bool:
         return all(rank.running for rank in self.ranks)
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 240) -> list[int]:
         return [rank.end(timeout)[0] for rank in self.ranks]
 
     def finish(self) -> None:
@@ -111,7 +112,7 @@ class Job:
             assert self.running, f"ended before step {lines}: {self.printed}"
             return log.is_file() and log.read_bytes().count(b"\n") >= lines
 
-        wait_until(reached, 120, lambda: f"no {lines} lines in {log}: {self.printed}")
+        wait_until(reached, 240, lambda: f"no {lines} lines in {log}: {self.printed}")
 
     def kill(self) -> None:
         """All of them at once, as a machine fails."""
