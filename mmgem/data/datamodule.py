@@ -115,7 +115,7 @@ class Reader(Dataset):
             range(len(sample.captions)), self.stage.captions_per_image, draws(self.seed, epoch, index, CAPTIONS)
         )
         rng = draws(self.seed, epoch, index, OTHERS)
-        others, drawn = self.others.texts(sample, chosen, rng)
+        others, painted = self.others.texts(sample, chosen, rng)
         regions: list[Any] = []
         boxes_R4 = torch.zeros(0, 4)
         if self.stage.max_regions:
@@ -131,7 +131,7 @@ class Reader(Dataset):
             entities=tuple(r.entity or str(r.box) for r in regions),
             dropped=sample.dropped,
             others=others,
-            made=(*self.others.shuffled(picture, rng), *(self._view_of(one, rng) for one in drawn)),
+            made=(*self.others.shuffled(picture, rng), *(self._view_of(one, rng) for one in painted)),
         )
 
     def _view_of(self, drawn: Image.Image, rng: np.random.Generator) -> Tensor:
