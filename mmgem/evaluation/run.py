@@ -20,6 +20,7 @@ from mmgem.data.samples import Sample
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
 from mmgem.evaluation.items import save_items
+from mmgem.evaluation.metrics.java_scores import java_kept
 from mmgem.evaluation.report import About, write_report
 from mmgem.evaluation.result import TaskResult, metrics_json, write_json
 from mmgem.evaluation.tasks import TASKS, LayoutTask, SplitTask, Task, TaskOptions
@@ -33,6 +34,7 @@ Results = dict[str, dict[str, TaskResult]]
 _NEEDED = {"regions": "boxes with phrases", "captions": "captions to compare with"}
 
 
+@java_kept()
 def evaluate(
     models: Mapping[str, str | Path | Encoder],
     data: str | Path,

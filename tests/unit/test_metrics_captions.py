@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mmgem.evaluation.metrics.captions import bleu_counts, caption_scores, cider, ciders, rouge_l, tokenize
-from mmgem.evaluation.metrics.java_scores import java_scores, why_absent
+from mmgem.evaluation.metrics.java_scores import _programs, java_kept, java_scores, why_absent
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "caption_scores.json").read_text(encoding="utf-8"))
 
@@ -185,7 +185,13 @@ def test_meteor_equals_that_of_pycocoevalcap():
         pytest.skip("there is no Java")
     candidates = [item["candidate"] for item in GOLDEN["items"]]
     references = [item["references"] for item in GOLDEN["items"]]
-    found = java_scores(candidates, references, samples=50)
+    with java_kept():
+        found = java_scores(candidates, references, samples=50)
+        again = java_scores(candidates, references, names=["METEOR"], samples=50)
+        (program,) = _programs[-1].values() if why_absent("SPICE") else [_programs[-1]["METEOR"]]
+        assert program.process.poll() is None, "it is kept for the next texts"
+    assert program.process.poll() is not None and not _programs
+    assert again.scores.metrics["METEOR"] == found.scores.metrics["METEOR"]
     assert found.scores.metrics["METEOR"] == pytest.approx(GOLDEN["meteor"]["score"], abs=1e-9)
     assert found.per_item["METEOR"] == pytest.approx(GOLDEN["meteor"]["items"], abs=1e-9)
     assert 0 < found.scores.stderr["METEOR"] < 0.2

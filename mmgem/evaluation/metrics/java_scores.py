@@ -10,13 +10,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -99,37 +104,95 @@ def why_absent(name: str) -> str | None:
     return None
 
 
+@contextmanager
+def java_kept() -> Iterator[None]:
+    """Within, a program that was started is kept for the next texts: METEOR's reads its tables for seconds."""
+    kept: dict[str, _Program] = {}
+    _programs.append(kept)
+    try:
+        yield
+    finally:
+        _programs.pop()
+        for program in kept.values():
+            program.end()
+
+
 def _scored(name: str, gts: Texts, res: Texts) -> tuple[float, Floats]:
-    """In a process of its own: pycocoevalcap's scorer waits for itself for ever when its Java has failed."""
-    seconds = _PATIENCE + _PATIENCE_AN_ITEM * len(res)
-    command = [sys.executable, "-m", __name__, name]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, said = process.communicate(json.dumps([list(gts.values()), list(res.values())]), timeout=seconds)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise ValueError(f"no result after {seconds:.0f} s") from None
-            raise
-    if process.returncode:
-        raise ValueError(said.strip().splitlines()[-1] if said.strip() else f"ended with {process.returncode}")
-    found = json.loads(out.splitlines()[-1])
+    kept = _programs[-1] if _programs else {}
+    program = kept.pop(name, None) or _Program(name)
+    try:
+        found = program.ask(gts, res)
+    except BaseException:
+        program.end()
+        raise
+    if _programs:
+        kept[name] = program
+    else:
+        program.end()
     return float(found["value"]), np.array(found["items"], dtype=np.float64)
+
+
+class _Program:
+    """A figure's program, in a process of its own: pycocoevalcap's scorer waits for itself for ever when its Java has
+    failed. It takes texts a line, and gives figures a line."""
+
+    def __init__(self, name: str):
+        self.said = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            start_new_session=True,
+        )
+
+    def ask(self, gts: Texts, res: Texts) -> dict[str, Any]:
+        """Raises OSError, ValueError."""
+        seconds = _PATIENCE + _PATIENCE_AN_ITEM * len(res)
+        asked = json.dumps([list(gts.values()), list(res.values())]).encode() + b"\n"
+        writing, reading = self.process.stdin, self.process.stdout
+        assert writing is not None and reading is not None
+        try:
+            writing.write(asked)
+            writing.flush()
+        except BrokenPipeError:
+            raise ValueError(self._failure()) from None
+        found, end = b"", time.monotonic() + seconds
+        while not found.endswith(b"\n"):
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([reading], [], [], left)[0]:
+                raise ValueError(f"no result after {seconds:.0f} s")
+            if not (part := os.read(reading.fileno(), 1 << 16)):
+                raise ValueError(self._failure())
+            found += part
+        return json.loads(found.splitlines()[-1])
+
+    def _failure(self) -> str:
+        code = self.process.wait()
+        self.said.seek(0)
+        lines = self.said.read().decode("utf-8", "replace").strip().splitlines()
+        return lines[-1] if lines else f"ended with {code}"
+
+    def end(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for file in (self.process.stdin, self.process.stdout, self.said):
+            if file is not None:
+                with suppress(OSError):  # what it did not take
+                    file.close()
+
+
+_programs: list[dict[str, _Program]] = []
+"""Of `java_kept`, the innermost last: by the figure's name."""
 
 
 def _meteor(gts: Texts, res: Texts) -> tuple[float, list[float]]:
     from pycocoevalcap.meteor.meteor import Meteor
 
-    scorer = Meteor()
-    _kept.append(scorer)
-    value, items = scorer.compute_score(gts, res)
+    if not _scorers:
+        _scorers.append(Meteor())
+    value, items = _scorers[0].compute_score(gts, res)
     return float(value), [float(item) for item in items]
 
 
@@ -141,18 +204,19 @@ def _spice(gts: Texts, res: Texts) -> tuple[float, list[float]]:
 
 
 _SCORERS: dict[str, Callable[[Texts, Texts], tuple[float, list[float]]]] = {"METEOR": _meteor, "SPICE": _spice}
-_kept: list[object] = []  # never deleted: that is what waits
+_scorers: list[Any] = []  # never deleted: that is what waits
 
 
 def _main(name: str) -> int:
-    """The process of its own: texts from its input, figures to its output."""
-    try:
-        gts, res = (dict(enumerate(texts)) for texts in json.load(sys.stdin))
-        value, items = _SCORERS[name](gts, res)
-    except Exception as error:  # whatever it is, the other process says it
-        print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr, flush=True)
-        return 1
-    print(json.dumps({"value": value, "items": items}), flush=True)
+    """The process of its own: texts from its input, figures to its output, a line each."""
+    for line in sys.stdin:
+        try:
+            gts, res = (dict(enumerate(texts)) for texts in json.loads(line))
+            value, items = _SCORERS[name](gts, res)
+        except Exception as error:  # whatever it is, the other process says it
+            print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr, flush=True)
+            return 1
+        print(json.dumps({"value": value, "items": items}), flush=True)
     return 0
 
 
