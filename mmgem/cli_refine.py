@@ -37,6 +37,13 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--captioner", metavar="KIND:NAME", help="writes texts: mmgem:MODEL or hf:NAME")
     parser.add_argument("--caption-prompt", default="", metavar="TEXT", help="what a model of Hugging Face is asked")
+    parser.add_argument(
+        "--sure",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="what the captioner writes must be so probable, by itself, given the picture (default 0: however little)",
+    )
     parser.add_argument("--painter", metavar="KIND[:NAME]", help="draws pictures: scenes or diffusers:NAME")
     parser.add_argument("--paint-prompt", default="", metavar="TEXT", help="put before each text")
     parser.add_argument(
@@ -77,6 +84,8 @@ def run_refine(args: Arguments) -> int:
         raise UserError("name an encoder with --encoder, e.g. mmgem:runs/quickstart")
     if args.min_words > args.max_words:
         raise UserError(f"--min-words {args.min_words} is above --max-words {args.max_words}: no text could pass")
+    if not 0 <= args.sure < 1:
+        raise UserError(f"--sure {args.sure}: a probability, at least 0 and below 1")
     from mmgem.ranks import process_group
     from mmgem.refine.run import Settings, refine, table
     from mmgem.refine.work import Rules
@@ -87,6 +96,7 @@ def run_refine(args: Arguments) -> int:
         threshold=args.threshold,
         captioner=args.captioner,
         caption_prompt=args.caption_prompt,
+        sure=args.sure,
         painter=args.painter,
         paint_prompt=args.paint_prompt,
         duplicates=args.duplicates,

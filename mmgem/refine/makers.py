@@ -5,7 +5,9 @@
     scenes                  draws what a text in the words of the rendered scenes says
     diffusers:NAME          a text-to-image model (pip install 'mmgem[t2i]')
 
-Receives such names. Gives `Captioner`s and `Painter`s. Refuses, with a UserError, names of none of these forms and
+Receives such names. Gives `Captioner`s and `Painter`s. A captioner also says how probable its text is, given the
+picture: an encoder that is the same model, or has learned from the same pairs, finds nearly all that it writes fitting,
+whether it is true or not, and its own doubt tells more. Refuses, with a UserError, names of none of these forms and
 models that cannot be loaded. A text or a picture that comes out empty is given as none: the sample is then dropped, and
 counted.
 """
@@ -16,18 +18,25 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
 from mmgem.errors import UserError, one_line
 
 
+class Written(NamedTuple):
+    """text: "" for none. log_p: of the whole text and its end, given the picture."""
+
+    text: str
+    log_p: float
+
+
 class Captioner(Protocol):
     name: str
 
-    def captions(self, images: Sequence[Image.Image]) -> list[str]:
-        """A text each, "" for none."""
+    def captions(self, images: Sequence[Image.Image]) -> list[Written]:
+        """A text each."""
         ...
 
 
@@ -43,8 +52,15 @@ class MmgemCaptioner:
     model: Any
     beams: int = 4
 
-    def captions(self, images: Sequence[Image.Image]) -> list[str]:
-        return [text.strip() for text in self.model.caption(list(images), num_beams=self.beams)]
+    def captions(self, images: Sequence[Image.Image]) -> list[Written]:
+        """The most probable of its beams, of whatever length: a word more is one more that may be wrong."""
+        import torch
+
+        vectors_NE, most = self.model.image_vectors(list(images)), self.model.config.max_tokens
+        texts = self.model.write(vectors_NE, num_beams=self.beams, length_penalty=0.0, max_new_tokens=most)
+        texts = [" ".join(text.split()) for text in texts]
+        own_N = torch.arange(len(texts))
+        return list(map(Written, texts, self.model.log_likelihoods(vectors_NE, texts, own_N, own_N)[0].tolist()))
 
 
 @dataclass
@@ -57,7 +73,7 @@ class HuggingFaceCaptioner:
     prompt: str = ""
     max_new_tokens: int = 40
 
-    def captions(self, images: Sequence[Image.Image]) -> list[str]:
+    def captions(self, images: Sequence[Image.Image]) -> list[Written]:
         import torch
 
         text = self.prompt
@@ -71,13 +87,33 @@ class HuggingFaceCaptioner:
         asked: dict[str, Any] = {"text": [text] * len(images)} if text else {}
         inputs = self.processor(images=list(images), **asked, padding=True, return_tensors="pt").to(self.model.device)
         with torch.inference_mode():
-            ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+            out = self.model.generate(
+                **inputs,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        ids = out.sequences
+        log_p_NT = torch.stack(out.logits, dim=1).float().log_softmax(dim=-1)
+        new_NT = ids[:, ids.shape[1] - log_p_NT.shape[1] :]
+        # What comes after the end is padding, of which the model thinks nothing.
+        ends_NT = torch.isin(new_NT, torch.tensor(self._ends, device=new_NT.device)).cumsum(dim=1)
+        counts_NT = ends_NT - torch.isin(new_NT, torch.tensor(self._ends, device=new_NT.device)).long() == 0
+        sums_N = (log_p_NT.gather(2, new_NT[..., None])[..., 0] * counts_NT).sum(dim=1)
         # What a decoder alone is given comes back with what it writes.
         given = inputs["input_ids"] if "input_ids" in inputs else ids[:, :0]
         if torch.equal(ids[:, : given.shape[1]], given):
             ids = ids[:, given.shape[1] :]
         written = self.processor.batch_decode(ids, skip_special_tokens=True)
-        return [" ".join(text.strip().removeprefix(self.prompt).split()) for text in written]
+        texts = [" ".join(text.strip().removeprefix(self.prompt).split()) for text in written]
+        return list(map(Written, texts, sums_N.tolist()))
+
+    @property
+    def _ends(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 @dataclass

@@ -36,14 +36,26 @@ from mmgem.refine.gate import Combine, Gate
 from mmgem.refine.makers import make_captioner, make_painter
 from mmgem.refine.page import render_page
 from mmgem.refine.raw import Unit, units
-from mmgem.refine.work import DROPPED, FATES, Rules, Shop, calibrate, do_unit, read_outcomes, unit_file
+from mmgem.refine.work import (
+    CAPTIONED,
+    DROPPED,
+    FATES,
+    REPAIRED,
+    Rules,
+    Shop,
+    calibrate,
+    do_unit,
+    read_outcomes,
+    unit_file,
+)
 
 FOLDER = ".refine"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the result depends on, beside the source. threshold: in standard deviations above wrong pairs. duplicates:
+    """What the result depends on, beside the source. threshold: in standard deviations above wrong pairs. sure: the
+    least probability that the captioner gives to the text that it writes; 0: any. duplicates:
     the least cosine of two pictures that look alike, to be one picture; above 1: duplicates are kept."""
 
     encoders: tuple[str, ...]
@@ -51,6 +63,7 @@ class Settings:
     threshold: float = 2.0
     captioner: str | None = None
     caption_prompt: str = ""
+    sure: float = 0.0
     painter: str | None = None
     paint_prompt: str = ""
     duplicates: float = 0.95
@@ -131,7 +144,7 @@ def _open_shop(work: Path, found: Sequence[Unit], settings: Settings, device: st
     captioner = make_captioner(settings.captioner, settings.caption_prompt, device) if settings.captioner else None
     painter = make_painter(settings.painter, settings.paint_prompt) if settings.painter else None
     gate = Gate.from_json(json.loads(gate_file.read_text(encoding="utf-8")))
-    return Shop(encoders, gate, settings.rules, captioner, painter, keep_texts, keep_pictures)
+    return Shop(encoders, gate, settings.rules, captioner, painter, settings.sure, keep_texts, keep_pictures)
 
 
 # ----------------------------------------------------------------------------------------- after all units
@@ -192,6 +205,7 @@ def _records(work: Path, found: Sequence[Unit], again: set[str], split: str) -> 
             assert image is not None
             story: dict[str, Any] = {"fate": own.fate, "scores": own.scores, "cosines": own.cosines}
             story |= {"made_by": own.made_by} if own.made_by and own.fate != "kept" else {}
+            story |= {"log_p": own.log_p} if own.fate in (REPAIRED, CAPTIONED) else {}
             story |= {"left_out": [list(one) for one in own.left if np.isfinite(one[1])]} if own.left else {}
             meta = {"captions": own.texts, **{k: v for k, v in own.meta.items() if k not in _SIZES}, "refine": story}
             yield Record(safe_key(f"{unit.name}/{raw.key}"), split, image, meta)

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,7 +87,9 @@ class Rules:
 @dataclass(slots=True)
 class Outcome:
     """What became of a sample. texts: those it goes on with. scores: of each, and `cosines` by encoder. left: texts of
-    the source that were left out, with their scores. picture: "" where it is the source's own, else the file's name."""
+    the source that were left out, with their scores. log_p: of what the captioner wrote, by itself. picture: "" where
+    it is the source's own, else the file's name.
+    """
 
     key: str
     fate: str
@@ -95,6 +99,7 @@ class Outcome:
     cosines: list[list[float]] = field(default_factory=list)
     left: list[tuple[str, float]] = field(default_factory=list)
     made_by: str = ""
+    log_p: float | None = None
     picture: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -117,6 +122,8 @@ class Shop:
     rules: Rules
     captioner: Captioner | None = None
     painter: Painter | None = None
+    sure: float = 0.0
+    """The least probability of what the captioner writes."""
     keep_texts: Sequence[Classifier] = ()
     keep_pictures: Sequence[Classifier] = ()
 
@@ -316,18 +323,20 @@ def _write(
             outcomes[key].why = "wrong pair" if key in had_text else "no text"
         return
     written = shop.captioner.captions([seen[key].image for key in keys]) if keys else []
-    texts_out = shop.texts_out(list(dict.fromkeys(filter(None, written))))
+    texts_out = shop.texts_out(list(dict.fromkeys(one.text for one in written if one.text)))
     for repaired in (True, False):
         fate = REPAIRED if repaired else CAPTIONED
-        own = [(key, text) for key, text in zip(keys, written, strict=True) if (key in had_text) == repaired]
-        for key, text in own:
-            outcomes[key].made_by = shop.captioner.name
+        own = [(key, one) for key, one in zip(keys, written, strict=True) if (key in had_text) == repaired]
+        for key, (text, log_p) in own:
+            outcomes[key].made_by, outcomes[key].log_p = shop.captioner.name, round(log_p, 4)
             already = {left for left, _ in outcomes[key].left}
             if text in already:
                 outcomes[key].why = "captioner wrote the same text"
+            elif text and not texts_out[text] and log_p < math.log(shop.sure or sys.float_info.min):
+                outcomes[key].why = "captioner was not sure"
             else:
                 outcomes[key].why = texts_out[text] if text else "captioner wrote nothing"
-        pairs = [(key, text) for key, text in own if not outcomes[key].why]
+        pairs = [(key, one.text) for key, one in own if not outcomes[key].why]
         _judge(pairs, seen, shop, outcomes, fate)
         for key, _ in pairs:
             if outcomes[key].fate == DROPPED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import tarfile
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from mmgem.refine import run as refine_run
 from mmgem.refine.classify import make_classifier
 from mmgem.refine.encoders import Tower, half_of, make_encoders
 from mmgem.refine.gate import Gate
-from mmgem.refine.makers import make_captioner, make_painter
+from mmgem.refine.makers import Written, make_captioner, make_painter
 from mmgem.refine.page import judged, threshold_table, thresholds
 from mmgem.refine.raw import units
 from mmgem.refine.run import FOLDER, Settings, refine, table
@@ -55,13 +56,14 @@ class Names:
 
     name = "mmgem:names"
 
-    def captions(self, images: Sequence[Image.Image]) -> list[str]:
+    def captions(self, images: Sequence[Image.Image]) -> list[Written]:
         def nearest(image: Image.Image) -> str:
             mean = np.asarray(image.resize((1, 1), Image.Resampling.BOX), np.float32)[0, 0]
             return min(COLOURS, key=lambda name: float(np.abs(mean - COLOURS[name]).sum()))
 
         said = [nearest(image) for image in images]
-        return ["" if name == "red" else "a green thing" if name == "blue" else f"a {name} thing" for name in said]
+        texts = ["" if name == "red" else "a green thing" if name == "blue" else f"a {name} thing" for name in said]
+        return [Written(text, -3.0 if "yellow" in text else -1.0) for text in texts]
 
 
 class Paints:
@@ -187,6 +189,14 @@ def test_what_becomes_of_each(source: Path, shop: None, tmp_path: Path) -> None:
     assert samples["a_p00"].meta["url"] == "x" and samples["a_p00"].image == drawn("red", mark=1)
     page = (tmp_path / "out/refine.html").read_text()
     assert "Text written anew" in page and "Picture drawn" in page and "<script" not in page
+
+
+def test_what_the_captioner_is_not_sure_of(source: Path, shop: None, tmp_path: Path) -> None:
+    result = refine(source, tmp_path / "out", replace(WHOLE, sure=0.1))  # exp(-3) is less, exp(-1) more
+    found = outcomes(tmp_path / "out", source)
+    assert (found["wrong"].fate, found["wrong"].why, found["wrong"].log_p) == ("dropped", "captioner was not sure", -3)
+    assert (found["image"].fate, found["image"].log_p) == ("captioned", -1) and result["repaired"] == 0
+    assert result["why"]["captioner was not sure"] == 1 and result["why"]["captioner wrote nothing"] == 2
 
 
 def test_a_source_is_not_changed_and_work_is_not_done_again(source: Path, shop: None, tmp_path: Path) -> None:
@@ -325,6 +335,7 @@ def test_captions_are_true_of_their_own_scene_and_of_no_other() -> None:
         (["--encoder", "clip"], "--encoder clip: give mmgem:MODEL, open_clip:NAME[:WEIGHTS] or timm:NAME[:WEIGHTS]"),
         (["--encoder", "timm:resnet10t"], "a tower reads no texts; name an mmgem or open_clip encoder beside it"),
         (["--encoder", "mmgem:nosuch"], "nosuch: no such model"),
+        (["--encoder", "mmgem:x", "--sure", "1"], "--sure 1.0: a probability, at least 0 and below 1"),
         (["--encoder", "mmgem:x", "--min-words", "9", "--max-words", "3"], "--min-words 9 is above --max-words 3"),
     ],
 )
@@ -477,6 +488,10 @@ def test_a_captioner_of_hugging_face(tmp_path: Path) -> None:
     asked = make_captioner(f"hf:{tmp_path}/blip", "a picture of").captions(images)
     plain = make_captioner(f"hf:{tmp_path}/blip").captions(images)
     assert len(asked) == len(plain) == 2 and asked != plain
-    assert all(plain) and not any("picture of" in said or "[" in said for said in [*asked, *plain])
+    texts = [said.text for said in [*asked, *plain]]
+    assert all(texts[2:]) and not any("picture of" in text or "[" in text for text in texts)
+    # Nearly as a model that knows nothing: of 12 words for each of "a", "of" and an unknown one, and for the end.
+    assert [said.log_p for said in plain] == pytest.approx([-4 * math.log(12)] * 2, rel=0.3)
+    assert [said.log_p for said in asked] == pytest.approx([-math.log(12)] * 2, rel=0.6)
     with pytest.raises(UserError, match="--captioner hf:.*nosuch: cannot be loaded"):
         make_captioner(f"hf:{tmp_path}/nosuch")
