@@ -43,7 +43,9 @@ def main() -> None:
     if not raw.is_dir():
         print(noisy_scenes(raw, args.samples, seed=SEED, size=SIZE))
     model = f"mmgem:{args.model}"
-    settings = Settings((model, *args.encoder), threshold=args.threshold, captioner=model, painter="scenes")
+    settings = Settings(
+        (model, *args.encoder), threshold=args.threshold, captioner=model, sure=args.sure, painter="scenes"
+    )
     refine(raw, out, settings, labels="truth")
     print_truth(raw, out)
     if args.train:
@@ -57,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--encoder", action="append", default=[], help="beside the model, e.g. timm:resnet10t")
     parser.add_argument("--samples", type=int, default=6000)
     parser.add_argument("--threshold", type=float, default=2.0)
+    parser.add_argument("--sure", type=float, default=0.02, help="as mmgem refine --sure")
     parser.add_argument("--train", type=int, default=0, metavar="N")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--test", type=Path, help="the scenes to test on (default: OUT/scenes, made)")
@@ -90,7 +93,7 @@ def print_truth(raw: Path, out: Path) -> None:
             if one.meta["kind"] == "right":
                 right_before += 1
                 kept_right += kept.get(str(one.meta["scene"])) == "kept"
-    total = sum((counts for counts in fates.values()), Counter())
+    total: Counter[bool] = sum(fates.values(), Counter())
     print(f"{'fate':12}{'samples':>9}{'right':>9}")
     for fate, counts in [*sorted(fates.items()), ("all", total)]:
         print(f"{fate:12}{counts.total():9,}{counts[True] / counts.total():9.3f}")
