@@ -165,7 +165,7 @@ class _Program:
             if not (part := os.read(reading.fileno(), 1 << 16)):
                 raise ValueError(self._failure())
             found += part
-        return json.loads(found.splitlines()[-1])
+        return json.loads(found)
 
     def _failure(self) -> str:
         code = self.process.wait()
@@ -208,7 +208,10 @@ _scorers: list[Any] = []  # never deleted: that is what waits
 
 
 def _main(name: str) -> int:
-    """The process of its own: texts from its input, figures to its output, a line each."""
+    """The process of its own: texts from its input, figures to its output, a line each. What else is printed there, by
+    whatever program, goes where errors go."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for line in sys.stdin:
         try:
             gts, res = (dict(enumerate(texts)) for texts in json.loads(line))
@@ -216,7 +219,7 @@ def _main(name: str) -> int:
         except Exception as error:  # whatever it is, the other process says it
             print(" ".join(str(error).split()) or type(error).__name__, file=sys.stderr, flush=True)
             return 1
-        print(json.dumps({"value": value, "items": items}), flush=True)
+        print(json.dumps({"value": value, "items": items}), file=answers, flush=True)
     return 0
 
 
