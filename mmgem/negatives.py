@@ -171,6 +171,28 @@ def _relation(tokens: Tokens, say: _Say) -> Tokens | None:
 
 def _swap(tokens: Tokens, say: _Say) -> Tokens | None:
     """Colours, sizes or looks are exchanged between two nouns that have different ones."""
+    choices = _attributes_of_two(tokens)
+    if not choices:
+        return None
+    n, m = say.rng.choice(choices)
+    out = list(tokens)
+    out[n], out[m] = _like(tokens[m], tokens[n]), _like(tokens[n], tokens[m])
+    return out
+
+
+def _leak(tokens: Tokens, say: _Say) -> Tokens | None:
+    """The colour, size or look of one noun becomes that of another one, too."""
+    choices = _attributes_of_two(tokens)
+    if not choices:
+        return None
+    n, m = say.rng.sample(say.rng.choice(choices), 2)
+    out = list(tokens)
+    out[n] = _like(tokens[m], tokens[n])
+    return out
+
+
+def _attributes_of_two(tokens: Tokens) -> list[tuple[int, int]]:
+    """Places of two words of one family, of two nouns, neither of which has the other's."""
     words = [(n, token.lower()) for n, token in enumerate(tokens) if token[:1].isalnum()]
     choices: list[tuple[int, int]] = []
     for family in (COLOURS, tuple(word for words in _SIZES for word in words), _LOOKS):
@@ -184,12 +206,7 @@ def _swap(tokens: Tokens, say: _Say) -> Tokens | None:
                 beside = [{word for _, word in words[max(p - 2, 0) : p + 3]} for p in (place, other_place)]
                 if apart and other not in beside[0] and one not in beside[1]:
                     choices.append((n, m))
-    if not choices:
-        return None
-    n, m = say.rng.choice(choices)
-    out = list(tokens)
-    out[n], out[m] = _like(tokens[m], tokens[n]), _like(tokens[n], tokens[m])
-    return out
+    return choices
 
 
 def _exchange(tokens: Tokens, say: _Say) -> Tokens | None:
@@ -252,6 +269,7 @@ KINDS: dict[str, _Rule] = {
     "exchange": _exchange,
     "negation": _negation,
     "shuffle": _shuffle,
+    "leak": _leak,
 }
 """By name the rules."""
 

@@ -49,6 +49,11 @@ def made(text: str, kind: str, tries: int = 40, **options: object) -> set[str]:
         ("verb", "a man sitting down", {"a man running down"}),
         ("swap", "a red cube and a blue ball", {"a blue cube and a red ball"}),
         ("swap", "an orange cube with a red ball", {"a red cube with an orange ball"}),
+        (
+            "leak",
+            "an orange cube with a red ball",
+            {"a red cube with a red ball", "an orange cube with an orange ball"},
+        ),
         ("exchange", "A man is behind a big dog .", {"A big dog is behind a man ."}),
         ("exchange", "a cube above the ball, on sand", {"the ball above a cube, on sand"}),
         ("negation", "a dog with a ball", {"a dog without a ball"}),
@@ -67,7 +72,7 @@ def test_each_rule(kind: str, text: str, among: set[str]) -> None:
     ("kind", "text"),
     [
         ("colour", "a dog"), ("size", "a dog"), ("count", "a dog"), ("count", "one dog"), ("relation", "a dog"),
-        ("verb", "a building"), ("swap", "a black and white dog"), ("swap", "a red cube and a red ball"),
+        ("verb", "a building"), ("swap", "a black and white dog"), ("swap", "a red cube and a red ball"), ("leak", "a red ball and a cube"),
         ("swap", "two dogs, one black and one white"), ("exchange", "a cube and a ball"),
         ("exchange", "a cube with a ball"), ("exchange", "a cube at the top"), ("negation", "a dog"),
         ("shuffle", "a small dog"), ("shuffle", ""),
