@@ -38,6 +38,7 @@ def main() -> None:
     gates = {"model": ((model,), "min"), "both, least": ((model, args.tower), "min")}
     gates["both, mean"] = ((model, args.tower), "mean")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in (*gates, "tower")}
+    count = 0
     for seed in args.seeds:
         raw = args.out / f"raw-{seed}"
         if not raw.is_dir():
@@ -49,7 +50,7 @@ def main() -> None:
             )
             refine(raw, out, settings, labels="truth", overwrite=True)
             pairs = judged(units(raw), out / FOLDER, "truth")
-            right = np.array([bool(one.right) for one in pairs])
+            right, count = np.array([bool(one.right) for one in pairs]), len(pairs)
             found[name].append(figures(np.array([one.score for one in pairs]), right, args.threshold))
             if name == "both, mean":  # twice the mean less the model's score: the tower's
                 alone = {
@@ -57,7 +58,7 @@ def main() -> None:
                 }
                 tower = [2 * one.score - alone[one.key, one.text] for one in pairs]
                 found["tower"].append(figures(np.array(tower), right, args.threshold))
-    print(f"{len(pairs):,} captions, threshold {args.threshold}")
+    print(f"{count:,} captions, threshold {args.threshold}")
     print(f"{'':14}" + "".join(f"{name:>20}" for name in FIGURES))
     for name, seeds in found.items():
         cells = []

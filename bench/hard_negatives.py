@@ -3,10 +3,10 @@
     python bench/hard_negatives.py --data data/scenes --out runs/hard [--seeds 0 1 2] [--samples 20000]
 
 For each seed trains configs/quickstart.yaml (`base`), and from there one more stage of captions twice: as the first
-stage is (`plain`), and with hard negatives of --kinds and --losses (`hard`); both see the same samples. Then they choose
-between the texts of scenes that differ in one thing, in the layouts of Winoground and SugarCrepe, --pairs of each kind,
-of which some are of kinds that no negative in training was of: `held out`. Recall on the test split beside it. `blind`
-is what can be known without the picture.
+stage is (`plain`), and with hard negatives of --kinds and --losses (`hard`); both see the same samples. Then they
+choose between the texts of scenes that differ in one thing, in the layouts of Winoground and SugarCrepe, --pairs of
+each kind, of which some are of kinds that no negative in training was of: `held out`. Recall on the test split beside
+it. `blind` is what can be known without the picture.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ def main() -> None:
     settings = Settings(
         (model, *args.encoder), threshold=args.threshold, captioner=model, sure=args.sure, painter="scenes"
     )
-    refine(raw, out, settings, labels="truth")
+    if not (out / "train/index.json").is_file():
+        refine(raw, out, settings, labels="truth")
     print_truth(raw, out)
     if args.train:
         train(args, raw, out)
