@@ -2,9 +2,10 @@
 
     mmgem:MODEL                 a model of ours: both sides
     open_clip:NAME[:WEIGHTS]    a model of open_clip: both sides
-    timm:NAME[:WEIGHTS]         a tower alone. Its pooled features are brought to the texts by a linear head, ridge
-                                regression on the source's own pairs, most of which must be right. The texts' vectors
-                                are those of the first encoder that has some
+    timm:NAME[?K=V&…][:WEIGHTS] a tower alone, with timm's settings, and the weights of a tag or a file. Its pooled
+                                features are brought to the texts by a linear head, ridge regression on the source's own
+                                pairs, most of which must be right. The texts' vectors are those of the first encoder
+                                that has some
 
 Receives such names. Gives `Encoder`s: vectors of pictures and of texts, whose cosine is the score. Refuses, with a
 UserError, names of none of these forms, and a timm tower where no other encoder reads texts.
@@ -17,10 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -167,19 +170,32 @@ def _open_clip(name: str, rest: str, _: Sequence[Encoder], device: str) -> Encod
 def _timm(name: str, rest: str, made: Sequence[Encoder], device: str) -> Encoder:
     import timm
     from timm.data import create_transform, resolve_model_data_config  # pyright: ignore[reportPrivateImportUsage]
+    from timm.models import load_state_dict  # pyright: ignore[reportPrivateImportUsage]
 
     if not made:
         raise UserError(f"--encoder {name}: a tower reads no texts; name an mmgem or open_clip encoder beside it")
-    model_name, _, weights = rest.partition(":")
+    described, _, weights = rest.partition(":")
+    model_name, _, query = described.partition("?")
     try:
+        given = {key: yaml.safe_load(value) for key, value in parse_qsl(query, strict_parsing=bool(query))}
+        looks = {key: given.pop(key) for key in _LOOKS if key in given}
         torch.manual_seed(0)  # a random tower is the same one on each rank and in each run
-        local = weights if weights and Path(weights).is_file() else ""
+        local = bool(weights) and Path(weights).is_file()
         tag = f".{weights}" if weights and not local else ""
-        model = timm.create_model(model_name + tag, pretrained=bool(tag), checkpoint_path=local, num_classes=0)
-    except (RuntimeError, OSError, ValueError) as e:
+        model: Any = timm.create_model(model_name + tag, pretrained=bool(tag), num_classes=0, **given)
+        if local:
+            state = load_state_dict(weights, use_ema=False)
+            classifier = model.pretrained_cfg.get("classifier") or ()
+            heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+            model.load_state_dict({k: v for k, v in state.items() if not k.startswith(tuple(f"{h}." for h in heads))})
+    except (RuntimeError, OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as e:
         raise UserError(f"--encoder {name}: cannot be loaded ({one_line(e)[:200]})") from e
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    return Tower(name, model.eval(), transform, made[0])
+    transform = create_transform(**{**resolve_model_data_config(model), **looks}, is_training=False)
+    return Tower(name, model.float().eval(), transform, made[0])
+
+
+_LOOKS = ("mean", "std", "interpolation", "crop_pct")
+"""Of timm's settings those that are of the pictures, and not of the model."""
 
 
 _KINDS = {"mmgem": _mmgem, "open_clip": _open_clip, "timm": _timm}

@@ -27,7 +27,7 @@ from mmgem.errors import UserError
 from mmgem.negatives import negatives_of, words_of
 from mmgem.refine import run as refine_run
 from mmgem.refine.classify import make_classifier
-from mmgem.refine.encoders import Tower, half_of, make_encoders
+from mmgem.refine.encoders import Tower, _timm, half_of, make_encoders
 from mmgem.refine.gate import Gate
 from mmgem.refine.makers import Written, make_captioner, make_painter
 from mmgem.refine.page import judged, threshold_table, thresholds
@@ -295,6 +295,28 @@ def test_a_tower_learns_what_texts_say_and_judges_no_pair_it_has_seen() -> None:
         assert float(cosines.mean()) > 0.95
     with pytest.raises(UserError, match="3 pairs are too few to fit its head on"):
         tower.fit(features[:3], texts[:3], keys[:3])
+
+
+def test_a_tower_takes_settings_and_a_checkpoint_with_its_classifier(tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    model = timm.create_model("mobilenetv2_035", num_classes=7, pad_type="same").half()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    name = f"timm:mobilenetv2_035?pad_type=same&mean=[.5,.5,.5]&std=[.5,.5,.5]:{tmp_path}/weights.safetensors"
+    reads = Colours()
+    tower = _timm(name, name.removeprefix("timm:"), [reads], "cpu")
+    assert isinstance(tower, Tower) and tower.reads is reads
+    (features,) = tower.features([Image.new("RGB", (40, 30), COLOURS["red"])])
+    with torch.inference_mode():
+        pixels = torch.tensor([1.0, -1.0, -1.0])[None, :, None, None].expand(1, 3, 224, 224)
+        wanted = model.float().eval().forward_head(model.forward_features(pixels), pre_logits=True)[0]
+    assert torch.allclose(features[:-1], wanted, atol=1e-4) and features[-1] == 1
+    for query, message in (("?pad", "bad query field"), ("?nosuch=1", "unexpected keyword argument 'nosuch'")):
+        with pytest.raises(UserError, match=message):
+            _timm("timm", f"mobilenetv2_035{query}:{tmp_path}/weights.safetensors", [reads], "cpu")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        _timm("timm", f"resnet10t:{tmp_path}/weights.safetensors", [reads], "cpu")
 
 
 def test_scenes_are_drawn_that_say_what_their_text_says() -> None:
