@@ -42,6 +42,7 @@ from mmgem.evaluation.result import write_json, write_text
 from mmgem.negatives import KINDS, Negative, negatives_of, words_of
 from mmgem.progress import Progress
 from mmgem.ranks import Ranks
+from mmgem.refine.folder import claim
 from mmgem.refine.makers import Painter, make_painter
 
 FOLDER = ".negatives"
@@ -194,7 +195,11 @@ def add_negatives(
     stated |= {"prompt": prompt, "margin": margin, "painter": painter, "paint_prompt": paint_prompt}
     stated |= {"benchmark": benchmark, "seed": seed, "mmgem": __version__}
     work = out / FOLDER
-    ranks.by_first(lambda: _claim(work, stated, overwrite))
+    finished = ranks.by_first(
+        lambda: claim(work, stated, overwrite, out / split / "index.json", out / "negatives.json")
+    )
+    if finished is not None:
+        return finished
     parts = list(range(0, len(dataset), PART))
     left = [start for start in parts if not _file(work, start).is_file()]
     if left:
@@ -213,20 +218,6 @@ def add_negatives(
 
 def _file(work: Path, start: int) -> Path:
     return work / f"{start:09d}.jsonl"
-
-
-def _claim(work: Path, stated: dict[str, Any], overwrite: bool) -> None:
-    file = work / "settings.json"
-    if file.is_file() and not overwrite:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if different := [name for name in stated if stated[name] != before.get(name)]:
-            raise UserError(
-                f"{work} holds work of other settings ({', '.join(different)}); name another --out, or give --overwrite"
-            )
-        return
-    for old in work.glob("*.jsonl"):
-        old.unlink()
-    write_json(file, stated)
 
 
 def _do_part(
@@ -287,6 +278,8 @@ def _finish(
     if stated["painter"] and not result["drawn"]:
         raise UserError(f"--painter {stated['painter']}: of {result['negatives']} negatives it drew none")
     write_json(out / "negatives.json", result)
+    if stated["benchmark"]:
+        _write_benchmark(out / BENCHMARK, dataset, _made(work, parts))
     prepare(
         lambda: _records(dataset, _made(work, parts), split),
         out,
@@ -294,8 +287,6 @@ def _finish(
         overwrite=overwrite,
         max_broken=0.0,
     )
-    if stated["benchmark"]:
-        _write_benchmark(out / BENCHMARK, dataset, _made(work, parts))
     return result
 
 

@@ -7,13 +7,12 @@ with a UserError, a folder with work of other settings, and a source of which no
 changes.
 
 Ranks share the units; the first one then writes. The same source and settings give the same bytes, however many ranks
-there were and how often they were stopped.
+there were and how often they were stopped. What is finished is left as it is.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,6 +31,7 @@ from mmgem.progress import Progress
 from mmgem.ranks import Ranks
 from mmgem.refine.classify import make_classifier
 from mmgem.refine.encoders import Tower, make_encoders
+from mmgem.refine.folder import claim
 from mmgem.refine.gate import Combine, Gate
 from mmgem.refine.makers import make_captioner, make_painter
 from mmgem.refine.page import render_page
@@ -89,7 +89,10 @@ def refine(
     found = units(source)
     work = out / FOLDER
     stated = {**asdict(settings), "source": str(source.resolve()), "mmgem": __version__}
-    ranks.by_first(lambda: _claim(work, stated, overwrite))
+    stated = json.loads(json.dumps(stated))  # as it will be read again
+    finished = ranks.by_first(lambda: claim(work, stated, overwrite, out / split / "index.json", out / "refine.json"))
+    if finished is not None:
+        return finished
     left = [unit for unit in found if not unit_file(work, unit).is_file()]
     if left:
         shop = _open_shop(work, found, settings, device, ranks)
@@ -103,22 +106,6 @@ def refine(
         lambda: _finish(source, out, found, settings, split, shard_size, overwrite, labels, stated)
     )
     return result
-
-
-def _claim(work: Path, stated: dict[str, Any], overwrite: bool) -> None:
-    file = work / "settings.json"
-    stated = json.loads(json.dumps(stated))
-    if overwrite:
-        shutil.rmtree(work, ignore_errors=True)
-    if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        different = [name for name in stated if stated[name] != before.get(name)]
-        if different:
-            raise UserError(
-                f"{work} holds work of other settings ({', '.join(different)}); name another --out, or give --overwrite"
-            )
-    else:
-        write_json(file, stated)
 
 
 def _open_shop(work: Path, found: Sequence[Unit], settings: Settings, device: str, ranks: Ranks) -> Shop:

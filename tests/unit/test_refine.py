@@ -201,7 +201,10 @@ def test_what_the_captioner_is_not_sure_of(source: Path, shop: None, tmp_path: P
 
 def test_a_source_is_not_changed_and_work_is_not_done_again(source: Path, shop: None, tmp_path: Path) -> None:
     before = {file.name: file.read_bytes() for file in source.iterdir()}
-    refine(source, tmp_path / "out", WHOLE)
+    result = refine(source, tmp_path / "out", WHOLE)
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+    assert refine(source, tmp_path / "out", WHOLE) == result
+    assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
     assert before == {file.name: file.read_bytes() for file in source.iterdir()}
     first = {f.name: f.read_bytes() for f in (tmp_path / "out/train").rglob("*") if f.is_file()}
     with pytest.raises(UserError, match=r"holds work of other settings \(threshold\); name another --out"):
