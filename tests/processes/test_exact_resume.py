@@ -35,6 +35,10 @@ def finish(tiny: Tiny, run: Path, count: int, *settings: str) -> None:
     start(tiny, run, count, *settings).finish()
 
 
+def lines(log: Path) -> int:
+    return log.read_bytes().count(b"\n") if log.is_file() else 0
+
+
 def keys(run: Path) -> list[list[str]]:
     return [line["keys"] for line in read_lines(run / "keys.jsonl")]
 
@@ -52,7 +56,10 @@ def test_killed_twenty_times(tiny: Tiny, tmp_path: Path) -> None:
         settings = (OFTEN, f"data.workers={chance.choice([0, 0, 2])}")
         if number % 4 == 3:
             cold = Process(*tiny.arguments(run, *SETTINGS, *settings, resume="auto")[1:], script=TRAIN)
-            time.sleep(chance.uniform(0, takes))
+            # While it starts, or where it starts faster than the first one did, soon after.
+            end = time.monotonic() + chance.uniform(0, takes)
+            while time.monotonic() < end and lines(log) < max(reached) + 3:
+                time.sleep(0.01)
             cold.signal(signal.SIGKILL, group=True)
             assert cold.wait().code == -signal.SIGKILL
         else:
@@ -61,7 +68,7 @@ def test_killed_twenty_times(tiny: Tiny, tmp_path: Path) -> None:
             job.wait_for_lines(log, max(reached, default=0) + chance.randint(1, 7))
             time.sleep(chance.uniform(0, 0.05))
             job.kill()
-        reached.append(log.read_bytes().count(b"\n") if log.is_file() else 0)
+        reached.append(lines(log))
     print("killed after steps", reached)
     assert 60 < max(reached) < STEPS
     finish(tiny, run, 1, OFTEN)
