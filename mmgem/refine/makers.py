@@ -99,8 +99,8 @@ class HuggingFaceCaptioner:
         log_p_NT = torch.stack(out.logits, dim=1).float().log_softmax(dim=-1)
         new_NT = ids[:, ids.shape[1] - log_p_NT.shape[1] :]
         # What comes after the end is padding, of which the model thinks nothing.
-        ends_NT = torch.isin(new_NT, torch.tensor(self._ends, device=new_NT.device)).cumsum(dim=1)
-        counts_NT = ends_NT - torch.isin(new_NT, torch.tensor(self._ends, device=new_NT.device)).long() == 0
+        is_end_NT = torch.isin(new_NT, torch.tensor(self._ends, device=new_NT.device)).long()
+        counts_NT = is_end_NT.cumsum(dim=1) == is_end_NT
         sums_N = (log_p_NT.gather(2, new_NT[..., None])[..., 0] * counts_NT).sum(dim=1)
         # What a decoder alone is given comes back with what it writes.
         given = inputs["input_ids"] if "input_ids" in inputs else ids[:, :0]

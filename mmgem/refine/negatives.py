@@ -6,8 +6,8 @@
 Receives a prepared split and makers. Gives the same split with `"negatives": [{"text", "kind", "caption"}]` in each
 record, for `stages.N.negatives.source: data`; with a painter also a `"picture"` of each, for `negatives.drawn`. With
 `benchmark` also `OUT/composition/made/`, the same in SugarCrepe's layout, a file a kind, for `mmgem eval composition`.
-Refuses, with a UserError, a split without captions, makers and kinds
-that are none, and makers that make nothing at all.
+Refuses, with a UserError, a split without captions, makers and kinds that are none, and makers that make nothing at
+all.
 
 A negative that reads worse than its caption gives itself away. So what a language model writes is kept only where the
 model itself finds it at most `margin` less likely (mean log p of a token) than the caption.

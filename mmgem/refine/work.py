@@ -5,9 +5,8 @@ Receives the units, encoders, a gate, and what makes captions and pictures. Give
 all: what is there is not done again. Refuses, with a UserError, work of other settings in the same folder.
 
 A sample's way: unreadable pictures, texts too short or too long, pictures too narrow and what the classifiers do not
-keep are out; a pair's texts that
-the gate lets through stay; where it lets none through, the captioner writes one, and the gate decides again; so it is
-with a picture without text, and, with the painter, with a text without picture.
+keep are out; a pair's texts that the gate lets through stay; where it lets none through, the captioner writes one, and
+the gate decides again; so it is with a picture without text, and, with the painter, with a text without picture.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -332,7 +330,7 @@ def _write(
             already = {left for left, _ in outcomes[key].left}
             if text in already:
                 outcomes[key].why = "captioner wrote the same text"
-            elif text and not texts_out[text] and log_p < math.log(shop.sure or sys.float_info.min):
+            elif text and not texts_out[text] and shop.sure and log_p < math.log(shop.sure):
                 outcomes[key].why = "captioner was not sure"
             else:
                 outcomes[key].why = texts_out[text] if text else "captioner wrote nothing"
