@@ -4,16 +4,18 @@ Receives a caption, the kinds that are wanted, and a `random.Random`. Gives text
 finds nothing to change. Refuses unknown kinds, with a UserError. English; the vocabulary stands in the tables below.
 
 The kinds are those of SPEC (Peng et al. 2024), ARO (Yuksekgonul et al. 2023) and SugarCrepe (Hsieh et al. 2023) that
-need no model. A rule cannot know what else is in the picture, so the words that a picture's other captions use are
-never put in (`avoid`); and words come in as often as the data use them (`frequency`), so that none gives it away.
+need no model. A rule cannot know what else is in the picture, so the words that any of its captions uses are not put
+in, but for those that the kind is about; and words come in as often as the data use them (`frequency`), so that none
+gives it away.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from random import Random
 
 from mmgem.errors import UserError
@@ -23,7 +25,10 @@ COLOURS = (
     "white", "yellow",
 )  # fmt: skip
 _SIZES = (("small", "little", "tiny", "short"), ("medium",), ("big", "large", "huge", "tall"))
-_LOOKS = ("matte", "shiny", "striped", "dotted", "wooden", "wet", "dry", "young", "old", "dark", "light")
+_LOOKS = ("matte", "shiny", "striped", "dotted", "wet", "dry", "young", "old", "dark", "light", "wooden")
+_FAMILIES = (COLOURS, tuple(word for words in _SIZES for word in words), _LOOKS)
+# Of which a thing has but one.
+_EXCLUSIVE = (*_FAMILIES[:2], _LOOKS[:4], *(_LOOKS[n : n + 2] for n in (4, 6, 8)))
 _NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _RELATIONS = {
     "to the left of": "to the right of", "left": "right", "above": "below", "over": "under", "higher": "lower",
@@ -72,15 +77,15 @@ def negatives_of(
     kinds: Sequence[str],
     rng: Random,
     count: int = 1,
-    avoid: Collection[str] = (),
+    captions: Sequence[str] = (),
     frequency: Mapping[str, int] | None = None,
 ) -> list[Negative]:
     """At most `count`, of different kinds as far as there are; the kinds are tried in an order drawn by lot.
 
-    avoid: words that must not be put in, in small letters, such as those of the picture's other captions. frequency:
-    how often the data use a word (`words_of`); words that they never use are not put in. None: all alike.
+    captions: all of the picture. frequency: how often the data use a word (`words_of`); words that they never use are
+    not put in. None: all alike.
     """
-    say = _Say(rng, frozenset(avoid), frequency)
+    say = _Say(rng, captions, frozenset(words_of(captions)), frequency)
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"unknown kind of negative {kind!r}; the kinds are {', '.join(KINDS)}")
@@ -106,6 +111,7 @@ def words_of(texts: Iterable[str]) -> Counter[str]:
 @dataclass(frozen=True, slots=True)
 class _Say:
     rng: Random
+    captions: Sequence[str]
     avoid: frozenset[str]
     frequency: Mapping[str, int] | None
 
@@ -191,11 +197,52 @@ def _leak(tokens: Tokens, say: _Say) -> Tokens | None:
     return out
 
 
+def _borrow(tokens: Tokens, say: _Say) -> Tokens | None:
+    """The colour, size or look of a noun becomes one that the picture's other captions give to another noun: what
+    words are used does then not tell, only whose they are."""
+    told = {(word, noun) for caption in say.captions for _, word, noun in _attributes(_TOKEN.findall(caption))}
+    here = {token.lower() for token in tokens}
+    choices = [
+        (n, other)
+        for n, word, noun in _attributes(tokens)
+        for other in sorted({other for other, whose in told if whose != noun} - here)
+        if _family(other) == _family(word) and (other, noun) not in told
+    ]
+    if not choices:
+        return None
+    n, word = say.rng.choice(choices)
+    return [*tokens[:n], _like(word, tokens[n]), *tokens[n + 1 :]]
+
+
+def _attributes(tokens: Tokens) -> list[tuple[int, str, str]]:
+    """Where a colour, size or look stands, the word, and its noun in the singular: the last word of the phrase."""
+    words = [(n, token.lower()) for n, token in enumerate(tokens) if not token.isspace()]
+    found: list[tuple[int, str, str]] = []
+    for place, (n, word) in enumerate(words):
+        family, noun = _family(word), ""
+        if family is None:
+            continue
+        rest = [other for _, other in words[place + 1 :]]
+        for other, following in zip_longest(rest, rest[1:], fillvalue=""):
+            if other in ("and", ",") and _family(following) == family:  # "black and white dog"
+                continue
+            if other in _ENDS or not other[0].isalnum() or (other.endswith("ing") and other not in _NOUNS_IN_ING):
+                break
+            noun = other
+        if noun and _family(noun) is None:
+            found.append((n, word, noun.removesuffix("es") if noun.endswith("sses") else noun.removesuffix("s")))
+    return found
+
+
+def _family(word: str) -> int | None:
+    return next((number for number, family in enumerate(_EXCLUSIVE) if word in family), None)
+
+
 def _attributes_of_two(tokens: Tokens) -> list[tuple[int, int]]:
     """Places of two words of one family, of two nouns, neither of which has the other's."""
     words = [(n, token.lower()) for n, token in enumerate(tokens) if token[:1].isalnum()]
     choices: list[tuple[int, int]] = []
-    for family in (COLOURS, tuple(word for words in _SIZES for word in words), _LOOKS):
+    for family in _FAMILIES:
         here = [(place, n) for place, (n, word) in enumerate(words) if word in family]
         for i, (place, n) in enumerate(here):
             for other_place, m in here[i + 1 :]:
@@ -270,6 +317,7 @@ KINDS: dict[str, _Rule] = {
     "negation": _negation,
     "shuffle": _shuffle,
     "leak": _leak,
+    "borrow": _borrow,
 }
 """By name the rules."""
 

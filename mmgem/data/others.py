@@ -48,9 +48,9 @@ class Others:
         if wanted.source == "data":
             found = stored_negatives(sample, wanted.kinds)
         else:
-            used = frozenset() if wanted.order_robust else frozenset(words_of(sample.captions))
+            beside = () if wanted.order_robust else sample.captions
             found = {
-                n: negatives_of(sample.captions[n], wanted.kinds, draw, wanted.texts, used, self.frequency)
+                n: negatives_of(sample.captions[n], wanted.kinds, draw, wanted.texts, beside, self.frequency)
                 for n in (chosen[place] for place in places)
             }
         true = {caption.strip().lower() for caption in sample.captions}

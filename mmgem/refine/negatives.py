@@ -59,8 +59,8 @@ CHANGES = ("colour", "count", "position", "verb", "object", "negation")
 class Maker(Protocol):
     name: str
 
-    def make(self, captions: Sequence[str], used: frozenset[str], rng: Random) -> dict[int, list[Negative]]:
-        """By the number of the caption. used: words of all captions of the picture."""
+    def make(self, captions: Sequence[str], rng: Random) -> dict[int, list[Negative]]:
+        """captions: all of one picture. Gives the negatives by the number of the caption."""
         ...
 
 
@@ -71,9 +71,9 @@ class Rules:
     frequency: Mapping[str, int]
     name: str = "rules"
 
-    def make(self, captions: Sequence[str], used: frozenset[str], rng: Random) -> dict[int, list[Negative]]:
+    def make(self, captions: Sequence[str], rng: Random) -> dict[int, list[Negative]]:
         return {
-            n: negatives_of(caption, self.kinds, rng, self.count, used, self.frequency)
+            n: negatives_of(caption, self.kinds, rng, self.count, captions, self.frequency)
             for n, caption in enumerate(captions)
         }
 
@@ -90,7 +90,7 @@ class LanguageModel:
     prompt: str = PROMPT
     margin: float = 0.5
 
-    def make(self, captions: Sequence[str], used: frozenset[str], rng: Random) -> dict[int, list[Negative]]:
+    def make(self, captions: Sequence[str], rng: Random) -> dict[int, list[Negative]]:
         asked = [
             (n, kind)
             for n in range(len(captions))
@@ -227,11 +227,10 @@ def _do_part(
     for number in samples:
         captions = dataset.captions(number)
         true = {caption.strip().lower() for caption in captions}
-        used = frozenset(words_of(captions))
         made: list[dict[str, Any]] = []
         for maker in shop:
             rng = Random(f"mmgem-negatives-1/{seed}/{maker.name}/{dataset.keys[number]}")
-            for caption, some in sorted(maker.make(captions, used, rng).items()):
+            for caption, some in sorted(maker.make(captions, rng).items()):
                 for one in some:
                     if one.text.strip().lower() not in true and one.text not in {other["text"] for other in made}:
                         made.append({"text": one.text, "kind": one.kind, "caption": caption, "by": maker.name})

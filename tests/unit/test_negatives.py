@@ -86,12 +86,35 @@ def test_nothing_where_nothing_can_be_changed(kind: str, text: str) -> None:
 def test_words_of_the_picture_and_words_that_are_never_used_are_not_put_in() -> None:
     every = made("a red ball", "colour", 300)
     assert len(every) == len(COLOURS) - 1
-    assert "a blue ball" not in made("a red ball", "colour", 300, avoid={"blue"})
+    assert "a blue ball" not in made("a red ball", "colour", 300, captions=["a blue box"])
     frequency = words_of(["green grass", "green and blue", "green"])
     assert made("a red ball", "colour", 300, frequency=frequency) == {"a green ball", "a blue ball"}
     rng = Random(0)
     drawn = [negatives_of("a red ball", ["colour"], rng, frequency=frequency)[0].text for _ in range(400)]
     assert drawn.count("a green ball") == pytest.approx(300, abs=40)
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "among"),
+    [
+        ("a red cube", "a blue ball above the red cube", {"a blue cube"}),
+        ("A red cube.", "an orange ball", {"An orange cube."}),
+        (
+            "a red cube and a tall cone",
+            "a small dog and a green ball",
+            {"a green cube and a tall cone", "a red cube and a small cone"},
+        ),
+        ("a cat", "a black and white dog and a brown cat", set()),
+        ("a brown cat", "a black and white dog", {"a black cat", "a white cat"}),
+        # What another caption says of the same thing, in the plural, too; what has no noun; what the text itself says.
+        ("a red cube", "three blue cubes", set()),
+        ("a red cube", "a ball that is blue", set()),
+        ("a red cube and a blue ball", "the blue ball", set()),
+    ],
+)
+def test_what_is_borrowed_is_of_another_thing_of_the_picture(text: str, other: str, among: set[str]) -> None:
+    assert made(text, "borrow", captions=[text, other]) == among
+    assert made(text, "borrow") == set()
 
 
 def test_several_are_of_different_kinds_and_seeded() -> None:
@@ -263,7 +286,7 @@ def test_a_language_model_is_asked_and_its_odd_answers_are_left_out(tmp_path: Pa
             return [-9.0 if text in ("", "zxq") else -2.0 for text in texts]
 
     says = Says("hf:x", None, None, ["colour"], 1, "{caption}: another {kind}")
-    made = says.make(["a red ball", "a cube", "a dog"], frozenset(), Random(0))
+    made = says.make(["a red ball", "a cube", "a dog"], Random(0))
     assert {n: [one.text for one in some] for n, some in made.items()} == {0: ["a blue ball"]}
 
 

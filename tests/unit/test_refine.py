@@ -343,9 +343,8 @@ def test_captions_are_true_of_their_own_scene_and_of_no_other() -> None:
         assert [is_true(text, scene.meta, boxes, 112) for text in scene.captions] == [True] * 5
         assert not any(is_true(text, scene.meta, boxes, 112) for text in before)
         before = scene.captions
-        used = words_of(scene.captions)
         for caption in scene.captions:
-            made = negatives_of(caption, ["colour", "size", "swap"], rng, 3, used, frequency)
+            made = negatives_of(caption, ["colour", "size", "swap", "borrow"], rng, 4, scene.captions, frequency)
             denied += [is_true(one.text, scene.meta, boxes, 112) for one in made]
     # Attributes that change places may come to where they are true as well: "a small ball" of two alike.
     assert len(denied) > 300 and denied.count(False) / len(denied) > 0.9
