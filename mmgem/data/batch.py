@@ -97,13 +97,14 @@ class Batch:
     """Which caption (0 … M1-1) each was made of."""
     other_kind_X: Tensor = field(default_factory=_none)
     other_owner_X: Tensor = field(default_factory=_none)
-    """The image_id of its picture where it is a positive, and else an id that nothing has."""
+    """The image_id of its picture where it is a positive, the one in `made_id_H` where a picture was drawn of it, and
+    else an id that nothing has."""
     other_text_X: Tensor = field(default_factory=_none)
     """As `caption_text_M`."""
     other_picture_X: Tensor = field(default_factory=_none)
     """Which picture (0 … H-1 of those made) was drawn of it; -1: none."""
     made_id_H: Tensor = field(default_factory=_none)
-    """As `other_owner_X`, of the pictures that were made."""
+    """Of the pictures that were made: that of the sample where they are positives, else an id of their own."""
     made_sample_H: Tensor = field(default_factory=_none)
     """Which sample (0 … B-1) each was made of."""
 
@@ -193,6 +194,7 @@ class Collate:
         image_ids = [stable_id("image", item.key) for item in good]
         others = [(b, other) for b, item in enumerate(good) for other in item.others]
         made = [(b, picture) for b, item in enumerate(good) for picture in item.made]
+        made_ids = [self._owner(image_ids[b], "made", good[b].key, str(n)) for n, (b, _) in enumerate(made)]
         first_caption = np.cumsum([0, *(len(item.captions) for item in good)]).tolist()
         first_made = np.cumsum([0, *(len(item.made) for item in good)]).tolist()
         ids, cut = self.codec.encode(captions + phrases + [other.text for _, other in others])
@@ -226,11 +228,16 @@ class Collate:
             other_caption_X=_long([first_caption[b] + other.caption for b, other in others]),
             other_kind_X=_long([other.kind for _, other in others]),
             other_owner_X=_long(
-                [self._owner(image_ids[b], "negative", good[b].key, other.text) for b, other in others]
+                [
+                    self._owner(image_ids[b], "negative", good[b].key, other.text)
+                    if other.picture < 0
+                    else made_ids[first_made[b] + other.picture]
+                    for b, other in others
+                ]
             ),
             other_text_X=_long([_text_id(other.text) for _, other in others]),
             other_picture_X=_long([-1 if other.picture < 0 else first_made[b] + other.picture for b, other in others]),
-            made_id_H=_long([self._owner(image_ids[b], "made", good[b].key, str(n)) for n, (b, _) in enumerate(made)]),
+            made_id_H=_long(made_ids),
             made_sample_H=_long([b for b, _ in made]),
         )
 

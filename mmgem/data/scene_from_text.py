@@ -56,8 +56,7 @@ class Wanted:
 def scene_from_text(text: str, seed: int = 0, *, size: int = 112) -> Image.Image | None:
     """A square picture of `size` pixels."""
     text = " ".join(text.lower().split())
-    ground = ground_in(text)
-    wanted = wanted_objects(text.replace(ground, "#" * len(ground)) if ground else text)
+    ground, wanted = ground_in(text), wanted_in(text)
     if not 1 <= len(wanted) <= _MOST_OBJECTS:
         return None
     rng = Random(f"mmgem-scene-from-text-1/{seed}/{text}")
@@ -75,8 +74,14 @@ def ground_in(text: str) -> str | None:
     return next((name for name in _GROUNDS if name in text), None)
 
 
-def wanted_objects(text: str) -> list[Wanted]:
-    """In the order of the text."""
+def wanted_in(text: str) -> list[Wanted]:
+    """The objects that a text speaks of, in its order; not its ground."""
+    text = " ".join(text.lower().split())
+    ground = ground_in(text)
+    return _wanted_objects(text.replace(ground, "#" * len(ground)) if ground else text)
+
+
+def _wanted_objects(text: str) -> list[Wanted]:
     found: list[Wanted] = []
     group = _GROUP.search(text)
     shared = group[2] if group else ""

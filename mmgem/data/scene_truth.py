@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
-from mmgem.data.scene_from_text import Wanted, ground_in, wanted_objects, wanted_relation
+from mmgem.data.scene_draw import Item
+from mmgem.data.scene_from_text import Wanted, ground_in, wanted_in, wanted_relation
 from mmgem.data.scene_text import NUMBERS, SceneObject, relations
 
 _TOTAL = re.compile(r"\b(" + "|".join(NUMBERS) + r"|just one) (?:objects?|things?)\b")
@@ -21,16 +22,20 @@ _ALONE = ("only ", "nothing but ", "all alone", "just one thing", "one object")
 
 def is_true(text: str, meta: Mapping[str, Any], boxes: Sequence[Sequence[float]], side: float) -> bool | None:
     """meta: of the sample (`objects`, `ground`). boxes: of its regions, in the same order. side: of the picture."""
-    text = " ".join(text.lower().split())
-    ground = ground_in(text)
-    said = wanted_objects(text.replace(ground, "#" * len(ground)) if ground else text)
-    if not said:
-        return None
     things = [
         SceneObject(o["shape"], o["colour"], o["size"], o["material"], o["place"], tuple(box))  # type: ignore[arg-type]
         for o, box in zip(meta["objects"], boxes, strict=True)
     ]
-    if ground is not None and ground != meta["ground"]:
+    return is_true_of(text, things, meta["ground"], side)
+
+
+def is_true_of(text: str, things: Sequence[SceneObject], ground: str, side: float) -> bool | None:
+    """things: all of the picture, `side` wide. ground: its name."""
+    text = " ".join(text.lower().split())
+    said = wanted_in(text)
+    if not said:
+        return None
+    if ground_in(text) not in (None, ground):
         return False
     total = _TOTAL.search(text)
     if total and NUMBERS.index(total[1].replace("just ", "")) != len(things):
@@ -39,7 +44,7 @@ def is_true(text: str, meta: Mapping[str, Any], boxes: Sequence[Sequence[float]]
         return False
     relation = wanted_relation(text, said)
     for chosen in permutations(things, len(said)):
-        if all(_fits(one, thing) for one, thing in zip(said, chosen, strict=True)):
+        if all(fits(one, thing) and one.place in (None, thing.place) for one, thing in zip(said, chosen, strict=True)):
             if relation is None:
                 return True
             first, second, name = relation
@@ -48,9 +53,10 @@ def is_true(text: str, meta: Mapping[str, Any], boxes: Sequence[Sequence[float]]
     return False
 
 
-def _fits(said: Wanted, thing: SceneObject) -> bool:
+def fits(said: Wanted, thing: SceneObject | Item) -> bool:
+    """Whether it has the looks that a text gives it."""
     pairs = (
         (said.shape, thing.shape), (said.colour, thing.colour), (said.size, thing.size),
-        (said.material, thing.material), (said.place, thing.place),
+        (said.material, thing.material),
     )  # fmt: skip
     return all(word in (None, "", real) for word, real in pairs)

@@ -6,7 +6,7 @@ equal to the byte in any process and in any order; its words do not depend on th
 Some pairs of colour and shape (`HELD_OUT`) occur in the test split only.
 Refuses, with a UserError: another split's name, a negative index, a size out of bounds.
 
-What a picture shows is settled first (`_plan`, on masks of a fixed size), then told
+What a picture shows is settled first (`plan_of`, on masks of a fixed size), then told
 (`scene_text`), then drawn (`scene_draw`).
 """
 
@@ -39,9 +39,9 @@ from mmgem.data.scene_text import (
 from mmgem.errors import UserError
 
 __all__ = [
-    "COLOURS", "HELD_OUT", "MATERIALS", "PLACES", "REFERENCE", "SEEN", "SHAPES", "SIZES", "SPLITS", "TEXTURES", "TONES",
-    "Plan", "Scene", "SceneObject", "attributes_of", "fit", "iter_scenes", "placed_item", "render_one", "render_scene",
-    "stream",
+    "COLOURS", "EXTENTS", "HELD_OUT", "MATERIALS", "PLACES", "REFERENCE", "SEEN", "SHAPES", "SIZES", "SPLITS",
+    "TEXTURES", "TONES", "Plan", "Scene", "SceneObject", "attributes_of", "fit", "iter_scenes", "placed_item",
+    "plan_of", "render_one", "render_scene", "stream",
 ]  # fmt: skip
 
 SPLITS = ("train", "val", "test")
@@ -54,7 +54,7 @@ SMALLEST_PICTURE, LARGEST_PICTURE = 48, 2048
 SEEN = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 UNSEEN = tuple(sorted(HELD_OUT))
 # The longer side, as a share of the picture's, from and to: far apart, so that a size can be seen.
-_EXTENTS = {"small": (0.18, 0.21), "medium": (0.27, 0.31), "large": (0.39, 0.44)}
+EXTENTS = {"small": (0.18, 0.21), "medium": (0.27, 0.31), "large": (0.39, 0.44)}
 REFERENCE = 112  # the size at which places and overlaps are judged, whatever the picture's size
 _PLACE_MARGIN = 0.03  # a centre's least distance from the border of its third of the picture
 _CENTRES_APART = RELATION_MARGIN + 0.03
@@ -95,7 +95,7 @@ def render_scene(seed: int, split: str, index: int, *, size: int = 112) -> Scene
         raise UserError(f"scene index {index} is negative: count from 0")
     if not SMALLEST_PICTURE <= size <= LARGEST_PICTURE:
         raise UserError(f"scene size {size} px: choose one from {SMALLEST_PICTURE} to {LARGEST_PICTURE}")
-    plan = _plan(seed, split, index)
+    plan = plan_of(seed, split, index)
     ground = ground_name(plan.texture, plan.tone)
     words = stream(seed, split, index, "words")
     told = plan.things(REFERENCE)
@@ -169,7 +169,8 @@ def stream(seed: int, split: str, index: int, purpose: str) -> Random:
     return Random(f"mmgem-scenes-1/{seed}/{split}/{index}/{purpose}")
 
 
-def _plan(seed: int, split: str, index: int) -> Plan:
+def plan_of(seed: int, split: str, index: int) -> Plan:
+    """What scene number `index` of a split shows."""
     rng = stream(seed, split, index, "plan")
     texture, tone = rng.choice(tuple(TEXTURES)), rng.choice(TONES)
     count = rng.choices((1, 2, 3, 4), (10, 30, 35, 25))[0]
@@ -224,7 +225,7 @@ def placed_item(
     for size in SIZES[SIZES.index(look.size) :: -1]:
         for _ in range(30):
             column, row = rng.choice(cells)
-            extent = rng.uniform(*_EXTENTS[size])
+            extent = rng.uniform(*EXTENTS[size])
             x, y = (_coordinate(third, extent, rng) for third in (column, row))
             item = Item(look.shape, look.colour, size, look.material, x, y, extent, look.angle)
             mask = mask_of(item, 2 * REFERENCE)

@@ -18,10 +18,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
+from mmgem.data.samples import Sample
 from mmgem.errors import UserError, one_line
 
 
@@ -44,6 +45,15 @@ class Painter(Protocol):
     name: str
 
     def pictures(self, texts: Sequence[str]) -> list[Image.Image | None]: ...
+
+
+@runtime_checkable
+class Editor(Protocol):
+    """A painter that also changes a picture."""
+
+    def edits(self, sample: Sample, captions: Sequence[str], texts: Sequence[str]) -> list[Image.Image | None]:
+        """The picture of a sample, by its record, as each text has it, which is made of a caption of the picture."""
+        ...
 
 
 @dataclass
@@ -126,6 +136,17 @@ class ScenePainter:
         from mmgem.data.scene_from_text import scene_from_text
 
         return [scene_from_text(text, self.seed, size=self.size) for text in texts]
+
+    def edits(self, sample: Sample, captions: Sequence[str], texts: Sequence[str]) -> list[Image.Image | None]:
+        """Of a rendered scene the same with what differs changed (`edited_scene`); else drawn anew."""
+        from mmgem.data.scene_edit import edited_scene
+
+        match sample.meta.get("scene"):
+            case {"seed": int(seed), "split": str(split), "index": int(index)}:
+                both, size = zip(captions, texts, strict=True), sample.width
+                return [edited_scene(seed, split, index, caption, text, size=size) for caption, text in both]
+            case _:
+                return self.pictures(texts)
 
 
 @dataclass

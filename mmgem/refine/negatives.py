@@ -29,6 +29,7 @@ from random import Random
 from typing import Any, Protocol
 
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from mmgem import __version__
 from mmgem.data.prepare.reading import Record
@@ -43,7 +44,7 @@ from mmgem.negatives import KINDS, Negative, negatives_of, words_of
 from mmgem.progress import Progress
 from mmgem.ranks import Ranks
 from mmgem.refine.folder import claim
-from mmgem.refine.makers import Painter, make_painter
+from mmgem.refine.makers import Editor, Painter, make_painter
 
 FOLDER = ".negatives"
 BENCHMARK = "composition/made"
@@ -241,22 +242,32 @@ def _do_part(
 
 
 def _draw(made: list[dict[str, Any]], painter: Painter, dataset: ShardedDataset, number: int) -> None:
-    """A picture of each, of the kind of file that the sample's own is, so that its traces do not give it away."""
+    """A picture of each, kept as the sample's own is, so that its traces do not give it away."""
     try:
-        as_png = image_extension(dataset.sample(number).image) == "png"
+        sample = dataset.sample(number)
     except SampleError:
         return
-    for one, drawn in zip(made, painter.pictures([one["text"] for one in made]), strict=True):
-        if drawn is not None:
-            one |= {"picture": b64encode(_encoded(drawn, as_png)).decode(), "drawn_by": painter.name}
-
-
-def _encoded(picture: Image.Image, as_png: bool) -> bytes:
-    file = BytesIO()
-    if as_png:
-        picture.save(file, "PNG")
+    texts = [one["text"] for one in made]
+    if isinstance(painter, Editor):
+        pictures = painter.edits(sample, [sample.captions[one["caption"]] for one in made], texts)
     else:
-        picture.convert("RGB").save(file, "JPEG", quality=JPEG_QUALITY)
+        pictures = painter.pictures(texts)
+    for one, drawn in zip(made, pictures, strict=True):
+        if drawn is not None:
+            one |= {"picture": b64encode(_kept_like(sample.image, drawn)).decode(), "drawn_by": painter.name}
+
+
+def _kept_like(content: bytes, picture: Image.Image) -> bytes:
+    """The bytes of a picture file, in the form of another, of a JPEG's quality and subsampling, too."""
+    file = BytesIO()
+    with Image.open(BytesIO(content)) as model:
+        if isinstance(model, JpegImageFile):
+            settings = {"qtables": model.quantization, "subsampling": get_sampling(model)}
+            picture.convert("RGB").save(file, "JPEG", **settings)
+        elif model.format == "PNG":
+            picture.save(file, "PNG")
+        else:
+            picture.convert("RGB").save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
 
 

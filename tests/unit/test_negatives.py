@@ -20,7 +20,7 @@ from mmgem.cli import main
 from mmgem.config import NegativesConfig
 from mmgem.data.others import Others, shuffled_patches, stored_negatives
 from mmgem.data.prepare.scenes import prepare_scenes
-from mmgem.data.scene_from_text import scene_from_text
+from mmgem.data.scene_edit import edited_scene
 from mmgem.data.scenes import iter_scenes
 from mmgem.data.shards import ShardedDataset
 from mmgem.errors import UserError
@@ -237,9 +237,9 @@ def test_pictures_of_negatives_and_a_benchmark_of_them(tmp_path: Path) -> None:
         assert [one.picture for one in texts if one.picture >= 0] == [1 + k for k in range(len(pictures))]
         drawn += len(pictures)
         for one, picture in zip((one for one in texts if one.picture >= 0), pictures, strict=True):
-            file, painted = BytesIO(), scene_from_text(one.text, 0, size=112)
+            file, painted = BytesIO(), edited_scene(0, "train", n, sample.captions[one.caption], one.text)
             assert painted is not None
-            painted.save(file, "JPEG", quality=92)  # as the samples' own pictures are
+            painted.save(file, "JPEG", quality=95, subsampling=0)  # as the samples' own pictures are
             assert np.array_equal(np.asarray(picture), np.asarray(Image.open(file)))
         without = Others(split, replace(wanted, drawn=False)).texts(sample, range(5), np.random.default_rng(0))  # type: ignore[arg-type]
         assert not without[1] and [one.text for one in without[0]] == [one.text for one in texts]

@@ -13,7 +13,7 @@ from helpers import TEXTS, codec, encoded, picture, positives, sample, write_spl
 from torch import Tensor
 
 from mmgem.config import DataConfig, LossConfig, SourceConfig, StageConfig
-from mmgem.data.batch import Batch, Broken, Collate, Item, stable_id
+from mmgem.data.batch import Batch, Broken, Collate, Item, OtherText, stable_id
 from mmgem.data.datamodule import CAPTIONS, Reader, StageData, cached_view
 from mmgem.data.order import Order, draws
 from mmgem.data.samples import Region
@@ -334,6 +334,23 @@ def test_ids_of_what_belongs_together():
         [1, 0, 0, 1, 0],
         [0, 0, 0, 0, 1],
     ]
+
+
+@pytest.mark.parametrize("robust", [False, True])
+def test_whose_a_negative_is(robust: bool):
+    others = (OtherText(0, "a blue ball", 0), OtherText(1, "a tall cone", 1, picture=1))
+    made = (torch.ones(3, 4, 4), torch.zeros(3, 4, 4))  # shuffled patches; drawn of the second text
+    item = dataclasses.replace(make_item("b", ["a red ball", "a small cone"], []), others=others, made=made)
+    batch = Collate(codec(), 64, order_robust=robust)([make_item("a", ["one"], []), item])
+    assert batch.other_caption_X.tolist() == [1, 2] and batch.other_picture_X.tolist() == [-1, 1]
+    own, nobody, drawn = batch.image_id_B[1].item(), *batch.other_owner_X.tolist()
+    assert batch.made_sample_H.tolist() == [1, 1]
+    if robust:
+        assert {nobody, drawn, *batch.made_id_H.tolist()} == {own}
+    else:
+        # The text and its picture belong together, the rest to nothing.
+        assert drawn == batch.made_id_H[1].item()
+        assert len({*batch.image_id_B.tolist(), nobody, *batch.made_id_H.tolist()}) == 5
 
 
 def test_stable_ids():

@@ -213,7 +213,7 @@ def test_boxes_are_tight_round_the_drawn_objects(size: int) -> None:
     """Drawn twice, one object in another colour: the pixels that differ are that object."""
     for index in range(20):
         scene = render_scene(2, "test", index, size=size)
-        plan = scenes._plan(2, "test", index)
+        plan = scenes.plan_of(2, "test", index)
         boxes = {(thing.colour, thing.shape): thing.box for thing in scene.objects}
         for k, item in enumerate(plan.items):
             other = "cyan" if item.colour in ("red", "orange", "pink", "purple", "yellow") else "red"
@@ -232,7 +232,7 @@ def test_boxes_are_tight_round_the_drawn_objects(size: int) -> None:
 def test_no_object_hides_much_of_another(size: int) -> None:
     touching = 0
     for index in range(60):
-        masks = [mask_of(item, 2 * size) for item in scenes._plan(2, "train", index).items]
+        masks = [mask_of(item, 2 * size) for item in scenes.plan_of(2, "train", index).items]
         for whole, seen in zip(masks, visible(masks), strict=True):
             share = ImageStat.Stat(seen).sum[0] / ImageStat.Stat(whole).sum[0]
             assert share > 0.75

@@ -85,4 +85,5 @@ def rendered(seed: int, size: int, record: Record) -> Record:
         regions.append({"box": list(region.box), "phrase": region.phrase, **entity})
     width, height = scene.image.size
     meta = {"captions": list(scene.captions), "regions": regions, "width": width, "height": height}
-    return record._replace(image=buffer.getvalue(), meta={**meta, **scene.meta})
+    origin = {"scene": {"seed": seed, "split": record.split, "index": scene.index}}
+    return record._replace(image=buffer.getvalue(), meta={**meta, **scene.meta, **origin})
