@@ -32,7 +32,7 @@ from mmgem.data.scene_text import (
 )
 from mmgem.data.scenes import REFERENCE, SEEN, Plan, fit, placed_item, stream
 
-__all__ = ["KINDS", "ScenePair", "render_pair"]
+__all__ = ["KINDS", "SAME_WORDS", "ScenePair", "render_pair"]
 
 _OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _SIZES = ("small", "medium")  # two large ones seldom fit
@@ -66,7 +66,7 @@ def render_pair(kind: str, seed: int, index: int, *, size: int = 112) -> ScenePa
     return ScenePair(kind, (images[0], images[1]), said, told)
 
 
-# ------------------------------------------------------------------------------------ the four kinds
+# ------------------------------------------------------------------------------------ the kinds
 
 
 def _swapped_colours(rng: Random) -> _Content | None:
@@ -78,6 +78,19 @@ def _swapped_colours(rng: Random) -> _Content | None:
     joint = rng.choice((" and ", " with ", " next to "))
     captions = joint.join(_nouns(items)), joint.join(_nouns(swapped))
     return items, swapped, captions, captions
+
+
+def _borrowed_colour(rng: Random) -> _Content | None:
+    """A red cube and a blue ball, and a cone, which is green; a green cube and a blue ball, and the cone is red."""
+    one, other = _two(rng)
+    free = [pair for pair in SEEN if _apart(one, pair) and pair[0] != other[0] and pair[1] != other[1]]
+    items = _placed([one, other, rng.choice(free)], rng) if free else None
+    if items is None:
+        return None
+    turned = [replace(items[0], colour=items[2].colour), items[1], replace(items[2], colour=items[0].colour)]
+    joint, order = rng.choice((" and ", " with ", " next to ")), rng.choice((1, -1))
+    here, there = (joint.join(_nouns(these[:2])[::order]) for these in (items, turned))
+    return items, turned, (here, there), (here, there)
 
 
 def _swapped_places(rng: Random) -> _Content | None:
@@ -137,11 +150,15 @@ def _negated(rng: Random) -> _Content | None:
 
 KINDS: dict[str, Callable[[Random], _Content | None]] = {
     "attribute": _swapped_colours,
+    "borrowed": _borrowed_colour,
     "relation": _swapped_places,
     "count": _swapped_counts,
     "negation": _negated,
 }
 """By name what differs."""
+
+SAME_WORDS = ("attribute", "relation", "count", "negation")
+"""Kinds whose two captions are made of the same words, as Winoground's are."""
 
 
 # --------------------------------------------------------------------------------------------- pieces

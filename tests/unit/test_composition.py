@@ -18,7 +18,7 @@ from test_tasks import OPTIONS
 
 from mmgem.cli import main
 from mmgem.data.prepare.scenes import prepare_scenes
-from mmgem.data.scene_pairs import KINDS, render_pair
+from mmgem.data.scene_pairs import KINDS, SAME_WORDS, render_pair
 from mmgem.errors import UserError
 from mmgem.evaluation.layouts.composition import has_composition, read_composition
 from mmgem.evaluation.result import ChoiceExample
@@ -366,9 +366,9 @@ def test_scenes_bring_pairs_in_both_layouts(tmp_path: Path) -> None:
     prepare_scenes(tmp_path, train=0, val=0, test=5, processes=1)
     assert has_composition(tmp_path, "test") and "composition" in tasks_for(tmp_path, "test")
     found = read_composition(tmp_path)
-    assert {name: len(own.items) for name, own in found.items()} == {"sugarcrepe": 8, "winoground": 8}
+    assert {name: len(own.items) for name, own in found.items()} == {"sugarcrepe": 10, "winoground": 8}
     subsets = [sorted({item.subset for item in own.items}) for own in found.values()]
-    assert subsets == [["negation", "replace_count", "replace_rel", "swap_att"], sorted(KINDS)]
+    assert subsets == [["negation", "replace_att", "replace_count", "replace_rel", "swap_att"], sorted(SAME_WORDS)]
     before = {file.name: file.read_bytes() for file in (tmp_path / "composition").rglob("*") if file.is_file()}
     prepare_scenes(tmp_path, train=0, val=0, test=5, processes=1, overwrite=True)
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "composition").rglob("*") if file.is_file()}
@@ -387,6 +387,7 @@ def test_pairs_differ_in_what_they_say(kind: str) -> None:
         assert 0 < changed < 0.4, index
         assert pair.captions[0] != pair.captions[1] and pair.contrast[0] != pair.contrast[1]
         words = [sorted({*caption.replace(",", "").split()} - {"a", "an"}) for caption in pair.captions]
-        assert words[0] == words[1] or kind == "count"  # plurals go with the counts
+        # Plurals go with the counts.
+        assert (words[0] == words[1]) == (kind in SAME_WORDS) or kind == "count"
         again = render_pair(kind, 3, index)
         assert again.captions == pair.captions and again.images[1].tobytes() == pair.images[1].tobytes()

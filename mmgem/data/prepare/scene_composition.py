@@ -13,16 +13,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmgem.data.scene_pairs import KINDS, render_pair
+from mmgem.data.scene_pairs import SAME_WORDS, render_pair
 
 FOLDER = "composition"
 SUGARCREPE_NAMES = {
     "attribute": "swap_att",
+    "borrowed": "replace_att",
     "relation": "replace_rel",
     "count": "replace_count",
     "negation": "negation",
 }
-"""Its files, by the kind of pair. Attributes are swapped there, in the others a word is replaced."""
+"""Its files, by the kind of pair. In swap_att two words change places, in the others one is replaced."""
 
 
 def write_scene_composition(out: Path, count: int, seed: int, size: int) -> None:
@@ -40,7 +41,7 @@ def write_scene_composition(out: Path, count: int, seed: int, size: int) -> None
 def _winoground(root: Path, count: int, seed: int, size: int) -> None:
     (root / "images").mkdir(parents=True)
     lines = []
-    for kind in KINDS:
+    for kind in SAME_WORDS:
         for index in range(count):
             pair, number = render_pair(kind, seed, index, size=size), len(lines)
             names = [f"ex_{number}_img_{n}" for n in range(2)]
