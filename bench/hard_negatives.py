@@ -26,7 +26,7 @@ RULE_OF = {
     "negation": "negation",
 }  # fmt: skip
 """Which kind of rule makes such a text as SugarCrepe's layout has of scenes."""
-PLAIN = [f"stages.{n}.{key}" for n in range(2) for key in ("negatives=null", "loss={emb: 0.3, gen: 1.0}")]
+PLAIN = [f"stages.{n}.{key}" for n in range(2) for key in ("negatives={}", "loss={emb: 0.3, gen: 1.0}")]
 WAYS = ("vector", "generative", "both", "blind_vector", "blind_generative")
 RECALLS = ("text_retrieval_recall@1", "image_retrieval_recall@1")
 SEED, SIZE = 99, 112
