@@ -25,10 +25,9 @@ COLOURS = (
     "white", "yellow",
 )  # fmt: skip
 _SIZES = (("small", "little", "tiny", "short"), ("medium",), ("big", "large", "huge", "tall"))
-_LOOKS = ("matte", "shiny", "striped", "dotted", "wet", "dry", "young", "old", "dark", "light", "wooden")
-_FAMILIES = (COLOURS, tuple(word for words in _SIZES for word in words), _LOOKS)
-# Of which a thing has but one.
-_EXCLUSIVE = (*_FAMILIES[:2], _LOOKS[:4], *(_LOOKS[n : n + 2] for n in (4, 6, 8)))
+_LOOKS = (("matte", "shiny", "striped", "dotted"), ("wet", "dry"), ("young", "old"), ("dark", "light"))
+# Of each a thing has but one.
+_FAMILIES = (COLOURS, tuple(word for words in _SIZES for word in words), *_LOOKS)
 _NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _RELATIONS = {
     "to the left of": "to the right of", "left": "right", "above": "below", "over": "under", "higher": "lower",
@@ -235,7 +234,7 @@ def _attributes(tokens: Tokens) -> list[tuple[int, str, str]]:
 
 
 def _family(word: str) -> int | None:
-    return next((number for number, family in enumerate(_EXCLUSIVE) if word in family), None)
+    return next((number for number, family in enumerate(_FAMILIES) if word in family), None)
 
 
 def _attributes_of_two(tokens: Tokens) -> list[tuple[int, int]]:

@@ -73,7 +73,8 @@ def test_each_rule(kind: str, text: str, among: set[str]) -> None:
     [
         ("colour", "a dog"), ("size", "a dog"), ("count", "a dog"), ("count", "one dog"), ("relation", "a dog"),
         ("verb", "a building"), ("swap", "a black and white dog"), ("swap", "a red cube and a red ball"),
-        ("leak", "a red ball and a cube"),
+        ("leak", "a red ball and a cube"), ("swap", "a matte cube on dark sand"),
+        ("leak", "a young man in a striped shirt"),
         ("swap", "two dogs, one black and one white"), ("exchange", "a cube and a ball"),
         ("exchange", "a cube with a ball"), ("exchange", "a cube at the top"), ("negation", "a dog"),
         ("shuffle", "a small dog"), ("shuffle", ""),
