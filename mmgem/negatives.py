@@ -225,7 +225,7 @@ def _attributes(tokens: Tokens) -> list[tuple[int, str, str]]:
         for other, following in zip_longest(rest, rest[1:], fillvalue=""):
             if other in ("and", ",") and _family(following) == family:  # "black and white dog"
                 continue
-            if other in _ENDS or not other[0].isalnum() or (other.endswith("ing") and other not in _NOUNS_IN_ING):
+            if _ends_phrase(other):
                 break
             noun = other
         if noun and _family(noun) is None:
@@ -354,7 +354,7 @@ def _noun_phrases(tokens: Tokens) -> list[tuple[int, int]]:
                 if word.isspace():
                     m += 1
                     continue
-                if not word[:1].isalnum() or word in _ENDS or (word.endswith("ing") and word not in _NOUNS_IN_ING):
+                if _ends_phrase(word):
                     break
                 m += 1
                 end = m
@@ -365,6 +365,10 @@ def _noun_phrases(tokens: Tokens) -> list[tuple[int, int]]:
                 continue
         n += 1
     return spans
+
+
+def _ends_phrase(word: str) -> bool:
+    return not word[:1].isalnum() or word in _ENDS or (word.endswith("ing") and word not in _NOUNS_IN_ING)
 
 
 def _tells_apart(between: Tokens) -> bool:

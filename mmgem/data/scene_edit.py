@@ -16,7 +16,7 @@ from random import Random
 
 from PIL import Image
 
-from mmgem.data.scene_draw import Item, draw, mask_of
+from mmgem.data.scene_draw import Item, draw
 from mmgem.data.scene_from_text import Wanted, wanted_in
 from mmgem.data.scene_text import SceneObject, ground_name
 from mmgem.data.scene_truth import fits, is_true_of
@@ -37,7 +37,7 @@ def edited_scene(seed: int, split: str, index: int, caption: str, text: str, *, 
         edited = replace(plan, items=items)
         after = {(item.colour, item.shape) for item in items}
         sound = after <= before | set(SEEN) and len(after) == len(items)
-        if sound and fit(items, _masks(items)) and _true(text, edited) and not _true(caption, edited):
+        if sound and fit(items) and _true(text, edited) and not _true(caption, edited):
             return draw(items, plan.texture, plan.tone, size=size, grain=plan.grain)
     return None
 
@@ -75,10 +75,6 @@ def _give(made: list[Item], n: int, kind: str, value: str, chosen: Sequence[int]
 def _with(item: Item, kind: str, value: str, rng: Random) -> Item:
     extent = rng.uniform(*EXTENTS[value]) if kind == "size" else item.extent
     return replace(item, extent=extent, **{kind: value})
-
-
-def _masks(items: Sequence[Item]) -> list[Image.Image]:
-    return [mask_of(item, 2 * REFERENCE) for item in items]
 
 
 def _true(text: str, plan: Plan) -> bool:

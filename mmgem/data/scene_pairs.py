@@ -100,7 +100,7 @@ def _swapped_places(rng: Random) -> _Content | None:
         return None
     exchanged = [replace(a, x=b.x, y=b.y, extent=b.extent) for a, b in zip(items, reversed(items), strict=True)]
     held = [_relations(these) for these in (items, exchanged)]
-    if len(held[0]) != 1 or held[1] != [_OPPOSITE[held[0][0]]] or not _fit(exchanged):
+    if len(held[0]) != 1 or held[1] != [_OPPOSITE[held[0][0]]] or not fit(exchanged):
         return None
     words = rng.randrange(2)
     relation, opposite = (RELATIONS[name][words] for name in (held[0][0], _OPPOSITE[held[0][0]]))
@@ -120,7 +120,7 @@ def _swapped_counts(rng: Random) -> _Content | None:
     if items is None:
         return None
     turned = [items[0], *(replace(item, shape=shapes[1]) for item in items[1:])]
-    if not _fit(turned):
+    if not fit(turned):
         return None
 
     def said(*counts: int) -> str:
@@ -139,7 +139,7 @@ def _negated(rng: Random) -> _Content | None:
     if items is None:
         return None
     exchanged = [replace(items[0], colour=other[0], shape=other[1]), items[1]]
-    if not _fit(exchanged):
+    if not fit(exchanged):
         return None
     here, there, beside = (" ".join(pair) for pair in (one, other, third))
     captions = (f"{with_article(here)} but no {there}", f"{with_article(there)} but no {here}")
@@ -190,10 +190,6 @@ def _placed(looks: Sequence[tuple[str, str]], rng: Random) -> list[Item] | None:
             return None
         items.append(placed[0])
     return items
-
-
-def _fit(items: Sequence[Item]) -> bool:
-    return fit(items, [mask_of(item, 2 * REFERENCE) for item in items])
 
 
 def _things(items: Sequence[Item]) -> dict[tuple[str, str], SceneObject]:

@@ -240,9 +240,10 @@ def _coordinate(third: int, extent: float, rng: Random) -> float:
     return rng.uniform(low, high)
 
 
-def fit(items: Sequence[Item], masks: Sequence[Image.Image]) -> bool:
+def fit(items: Sequence[Item], masks: Sequence[Image.Image] | None = None) -> bool:
     """Whether nobody is hidden too much, and every visible box is where its item's place says, with
     a margin, and apart from the others' by enough for a relation. masks: of the items, 2 `REFERENCE` wide."""
+    masks = [mask_of(item, 2 * REFERENCE) for item in items] if masks is None else masks
     centres: list[tuple[float, float]] = []
     for item, whole, part in zip(items, masks, visible(masks), strict=True):
         if part.histogram()[255] < (1 - _MOST_HIDDEN) * whole.histogram()[255]:

@@ -18,7 +18,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 
@@ -45,11 +45,6 @@ class Painter(Protocol):
     name: str
 
     def pictures(self, texts: Sequence[str]) -> list[Image.Image | None]: ...
-
-
-@runtime_checkable
-class Editor(Protocol):
-    """A painter that also changes a picture."""
 
     def edits(self, sample: Sample, captions: Sequence[str], texts: Sequence[str]) -> list[Image.Image | None]:
         """The picture of a sample, by its record, as each text has it, which is made of a caption of the picture."""
@@ -166,6 +161,10 @@ class DiffusersPainter:
             generator = torch.Generator(self.pipeline.device).manual_seed(seed)
             found.append(self.pipeline(f"{self.prompt}{text}", generator=generator).images[0])
         return found
+
+    def edits(self, sample: Sample, captions: Sequence[str], texts: Sequence[str]) -> list[Image.Image | None]:
+        """Drawn anew: the model takes no picture."""
+        return self.pictures(texts)
 
 
 # --- by name ---------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from mmgem.negatives import KINDS, Negative, negatives_of, words_of
 from mmgem.progress import Progress
 from mmgem.ranks import Ranks
 from mmgem.refine.folder import claim
-from mmgem.refine.makers import Editor, Painter, make_painter
+from mmgem.refine.makers import Painter, make_painter
 
 FOLDER = ".negatives"
 BENCHMARK = "composition/made"
@@ -247,11 +247,8 @@ def _draw(made: list[dict[str, Any]], painter: Painter, dataset: ShardedDataset,
         sample = dataset.sample(number)
     except SampleError:
         return
-    texts = [one["text"] for one in made]
-    if isinstance(painter, Editor):
-        pictures = painter.edits(sample, [sample.captions[one["caption"]] for one in made], texts)
-    else:
-        pictures = painter.pictures(texts)
+    captions = [sample.captions[one["caption"]] for one in made]
+    pictures = painter.edits(sample, captions, [one["text"] for one in made])
     for one, drawn in zip(made, pictures, strict=True):
         if drawn is not None:
             one |= {"picture": b64encode(_kept_like(sample.image, drawn)).decode(), "drawn_by": painter.name}

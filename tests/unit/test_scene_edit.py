@@ -20,32 +20,20 @@ def drawn(index: int, *items: Item) -> Image.Image:
     return draw(items, plan.texture, plan.tone, size=112, grain=plan.grain)
 
 
-def two_of(index: int) -> tuple[Item, Item]:
-    """The objects of a scene with two that have neither colour, shape, size nor material in common."""
-    one, other = plan_of(0, "train", index).items
-    assert all(getattr(one, kind) != getattr(other, kind) for kind in ("colour", "shape", "size", "material"))
-    return one, other
-
-
-def scene_of_two() -> int:
+def scene_of_two() -> tuple[int, Item, Item]:
+    """The first one of two objects with nothing in common, of which the first may have the other's colour."""
     for index in range(400):
-        items = plan_of(0, "train", index).items
-        if len(items) == 2 and all(
-            getattr(items[0], kind) != getattr(items[1], kind) for kind in ("colour", "shape", "size", "material")
-        ):
-            one, other = items
-            caption, text = (
-                f"a {one.colour} {one.shape} and a {other.shape}",
-                f"a {other.colour} {one.shape} and a {other.shape}",
-            )
+        one, *others = plan_of(0, "train", index).items
+        kinds = ("colour", "shape", "size", "material")
+        if len(others) == 1 and all(getattr(one, kind) != getattr(others[0], kind) for kind in kinds):
+            caption, text = (f"a {c} {one.shape} and a {others[0].shape}" for c in (one.colour, others[0].colour))
             if edited_scene(0, "train", index, caption, text):
-                return index
+                return index, one, others[0]
     raise AssertionError("no such scene")
 
 
 def test_what_the_texts_tell_differently_is_changed_and_nothing_else() -> None:
-    index = scene_of_two()
-    one, other = two_of(index)
+    index, one, other = scene_of_two()
     a, b = f"{one.colour} {one.shape}", f"{other.colour} {other.shape}"
 
     def edit(caption: str, text: str) -> Image.Image | None:
