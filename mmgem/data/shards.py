@@ -109,6 +109,11 @@ class ShardedDataset:
         shard = bisect_right(self._ends, index)
         return shard, index - int(self._ends[shard] - self.sizes[shard])
 
+    def key(self, index: int) -> str:
+        """Of sample `index`."""
+        shard, row = self.place(index)
+        return self._open(shard)[1].keys[row]
+
     def sample(self, index: int) -> Sample:
         """Sample `index`, validated, its picture not decoded. Raises SampleError, IndexError."""
         shard, row = self.place(index)

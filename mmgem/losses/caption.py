@@ -8,6 +8,7 @@ once for the normaliser and once more in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -192,8 +193,13 @@ def _cut_cross_entropy(
 
     if label_smoothing:
         raise UserError("training.caption_kernel=cce knows no label smoothing; set it to torch or liger")
-    # The exact one: the package's default leaves small gradients out.
+    # PyPI's 25.1.1 has no bias; later ones, from its repository, do.
+    if bias_V is not None and "bias" not in signature(linear_cross_entropy).parameters:
+        raise UserError(
+            "training.caption_kernel=cce: this version knows no bias, as the LLM's head has; set torch or liger"
+        )
+    bias = {} if bias_V is None else {"bias": bias_V}
+    # filter_eps: its default leaves small gradients out.
     return linear_cross_entropy(
-        hidden_TD, weight_VD.to(hidden_TD.dtype), labels_T, bias=bias_V, softcap=softcap, reduction="sum",
-        impl="cce_exact",
-    ).float()  # fmt: skip
+        hidden_TD, weight_VD.to(hidden_TD.dtype), labels_T, softcap=softcap, reduction="sum", filter_eps=None, **bias
+    ).float()

@@ -230,7 +230,7 @@ def _do_part(
         true = {caption.strip().lower() for caption in captions}
         made: list[dict[str, Any]] = []
         for maker in shop:
-            rng = Random(f"mmgem-negatives-1/{seed}/{maker.name}/{dataset.keys[number]}")
+            rng = Random(f"mmgem-negatives-1/{seed}/{maker.name}/{dataset.key(number)}")
             for caption, some in sorted(maker.make(captions, rng).items()):
                 for one in some:
                     if one.text.strip().lower() not in true and one.text not in {other["text"] for other in made}:
