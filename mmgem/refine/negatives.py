@@ -4,10 +4,10 @@
     hf:NAME        a language model of Hugging Face, by its name or folder, is asked to change one thing of a caption
 
 Receives a prepared split and makers. Gives the same split with `"negatives": [{"text", "kind", "caption"}]` in each
-record, for `stages.N.negatives.source: data`; with a painter also a `"picture"` of each, for `negatives.drawn`. With
-`benchmark` also `OUT/composition/made/`, the same in SugarCrepe's layout, a file a kind, for `mmgem eval composition`.
-Refuses, with a UserError, a split without captions, makers and kinds that are none, and makers that make nothing at
-all.
+record, for `stages.N.negatives.source: data`; with a painter also a `"picture"` of each, for `negatives.drawn`. Those
+that a record has already stay. With `benchmark` also `OUT/composition/made/`, the new ones in SugarCrepe's layout, a
+file a kind, for `mmgem eval composition`. Refuses, with a UserError, a split without captions, makers and kinds that
+are none, and makers that make nothing at all.
 
 A negative that reads worse than its caption gives itself away. So what a language model writes is kept only where the
 model itself finds it at most `margin` less likely (mean log p of a token) than the caption.
@@ -343,4 +343,11 @@ def _records(dataset: ShardedDataset, made: Iterator[list[dict[str, Any]]], spli
         meta = {key: value for key, value in sample.meta.items() if key != "regions"}
         meta |= {"captions": list(sample.captions), "width": sample.width, "height": sample.height}
         meta |= {"regions": [{**own, **more} for own, more in zip(regions, others, strict=True)]} if regions else {}
-        yield Record(sample.key, split, sample.image, {**meta, "negatives": negatives})
+        yield Record(sample.key, split, sample.image, {**meta, "negatives": _added(meta.get("negatives"), negatives)})
+
+
+def _added(before: Any, made: list[dict[str, Any]]) -> list[Any]:
+    """What a sample has already, and what it has not."""
+    kept = list(before) if isinstance(before, list) else []
+    known = {(one.get("caption", 0), one.get("text")) for one in kept if isinstance(one, dict)}
+    return kept + [one for one in made if (one["caption"], one["text"]) not in known]

@@ -222,6 +222,20 @@ def test_negatives_are_kept_with_the_samples_and_work_is_gone_on_with(tmp_path: 
         add_negatives(tmp_path / "data", tmp_path / "out", "train", kinds=["colour", "swap"], count=1)
 
 
+def test_a_second_call_adds_to_what_lies_with_the_samples(tmp_path: Path) -> None:
+    prepare_scenes(tmp_path / "data", train=12, val=0, test=0, processes=1)
+    add_negatives(tmp_path / "data", tmp_path / "one", "train", kinds=["swap"], count=1, painter="scenes")
+    add_negatives(tmp_path / "one", tmp_path / "two", "train", kinds=["swap", "colour"], count=2)
+    add_negatives(tmp_path / "data", tmp_path / "new", "train", kinds=["swap", "colour"], count=2)
+    one, two, new = (ShardedDataset(tmp_path / name / "train") for name in ("one", "two", "new"))
+    for n in range(12):
+        first, both, second = (split.sample(n).meta["negatives"] for split in (one, two, new))
+        texts = {(made["caption"], made["text"]) for made in first}
+        assert both[: len(first)] == first
+        assert both[len(first) :] == [made for made in second if (made["caption"], made["text"]) not in texts]
+    assert two.key(11) == two.keys[11] == new.key(11)
+
+
 def test_pictures_of_negatives_and_a_benchmark_of_them(tmp_path: Path) -> None:
     prepare_scenes(tmp_path / "data", train=8, val=0, test=0, processes=1)
     kinds = ["colour", "relation"]
