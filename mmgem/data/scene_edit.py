@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import permutations
 from random import Random
 
@@ -23,11 +24,12 @@ from mmgem.data.scene_truth import fits, is_true_of
 from mmgem.data.scenes import EXTENTS, REFERENCE, SEEN, Plan, fit, plan_of
 
 _LOOKS = ("shape", "colour", "size", "material")
+_plan_of = lru_cache(maxsize=1)(plan_of)  # one scene is edited again and again
 
 
 def edited_scene(seed: int, split: str, index: int, caption: str, text: str, *, size: int = 112) -> Image.Image | None:
     """size: side of the picture in pixels."""
-    plan = plan_of(seed, split, index)
+    plan = _plan_of(seed, split, index)
     said, told = wanted_in(caption), wanted_in(text)
     before = {(item.colour, item.shape) for item in plan.items}
     if len(said) != len(told) or not _true(caption, plan) or _true(text, plan):
