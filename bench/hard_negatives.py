@@ -3,10 +3,10 @@
     python bench/hard_negatives.py --data data/scenes --out runs/hard [--seeds 0 1 2]
 
 For each seed trains configs/quickstart.yaml (`base`), and from there configs/composition.yaml twice, as it is (`hard`)
-and without its negatives (`plain`); both see the same samples. The negatives are of --kinds, each with the scene of
-which it is true. Then they choose between the texts of scenes that differ in one thing, in the layouts of Winoground
-and SugarCrepe, --pairs of each kind, of which some are of kinds that no negative in training was of: `held out`. Recall
-on the test split beside it. `blind` is what can be known without the picture.
+and without its negatives (`plain`); both see the same samples. The negatives are of --drawn, each with the scene of
+which it is true, and of --texts, without one. Then they choose between the texts of scenes that differ in one thing, in
+the layouts of Winoground and SugarCrepe, --pairs of each kind, of which some are of kinds that no negative in training
+was of: `held out`. Recall on the test split beside it. `blind` is what can be known without the picture.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from mmgem.cli import main as mmgem
 from mmgem.data.prepare.scene_composition import SUGARCREPE_NAMES, write_scene_composition
 
-KINDS = ("swap",)
+DRAWN, TEXTS = ("swap",), ("leak", "colour", "size", "relation", "count")
 RULE_OF = {
     "swap_att": "swap", "replace_att": "borrow", "replace_rel": "relation", "replace_count": "count",
     "negation": "negation",
@@ -38,8 +38,10 @@ def main() -> None:
     if not pairs.is_dir():
         write_scene_composition(pairs, args.pairs, SEED, SIZE)
     if not (negatives / "negatives.json").is_file() and set(args.only) - {"base"}:
-        mmgem_or_stop("refine", "negatives", str(args.data), "--split", "train", "--out", str(negatives),
-                      "--painter", "scenes", "--count", str(args.made), "--kinds", *args.kinds)  # fmt: skip
+        drawn = args.out / "drawn"
+        refine = ("refine", "negatives", "--split", "train", "--count", "1")
+        mmgem_or_stop(*refine, str(args.data), "--out", str(drawn), "--painter", "scenes", "--kinds", *args.drawn)
+        mmgem_or_stop(*refine, str(drawn), "--out", str(negatives), "--kinds", *args.texts)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("base", "plain", "hard")}
     for seed in args.seeds:
         after = [f"init_from={args.out / f'base-{seed}'}", f"data.path={negatives}", *args.settings]
@@ -49,7 +51,7 @@ def main() -> None:
             run = [f"run={args.out / f'{name}-{seed}'}", f"seed={seed}", *settings[name]]
             found[name].append(train(args, pairs, config, run))
             print(name, seed, json.dumps(found[name][-1]), flush=True)
-    held_out = [name for name, rule in RULE_OF.items() if rule not in args.kinds]
+    held_out = [name for name, rule in RULE_OF.items() if rule not in {*args.drawn, *args.texts}]
     print_table(held_out, found)
 
 
@@ -60,8 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--settings", nargs="+", default=[], help="of plain and hard, e.g. stages.0.samples=96_000")
     parser.add_argument("--pairs", type=int, default=250, help="of each kind, in each layout")
-    parser.add_argument("--kinds", nargs="+", default=KINDS)
-    parser.add_argument("--made", type=int, default=1, help="negatives of a caption")
+    parser.add_argument("--drawn", nargs="+", default=DRAWN, help="kinds of negatives with a scene of their own")
+    parser.add_argument("--texts", nargs="+", default=TEXTS, help="kinds without")
     parser.add_argument("--only", nargs="+", default=["base", "plain", "hard"], choices=["base", "plain", "hard"])
     return parser.parse_args()
 
