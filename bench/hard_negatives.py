@@ -20,7 +20,7 @@ from typing import Any
 from mmgem.cli import main as mmgem
 from mmgem.data.prepare.scene_composition import SUGARCREPE_NAMES, write_scene_composition
 
-DRAWN, TEXTS = ("swap",), ("leak", "colour", "size", "relation", "count")
+DRAWN, TEXTS = ("swap",), ("leak", "colour", "size")
 RULE_OF = {
     "swap_att": "swap", "replace_att": "borrow", "replace_rel": "relation", "replace_count": "count",
     "negation": "negation",
