@@ -44,8 +44,8 @@ def main() -> None:
         mmgem_or_stop(*refine, str(drawn), "--out", str(negatives), "--kinds", *args.texts)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("base", "plain", "hard")}
     for seed in args.seeds:
-        after = [f"init_from={args.out / f'base-{seed}'}", f"data.path={negatives}", *args.settings]
-        settings = {"base": [f"data.path={args.data}"], "plain": [*after, *PLAIN], "hard": after}
+        after = [f"init_from={args.out / f'base-{seed}'}", f"data.path={negatives}", *args.common, *args.settings]
+        settings = {"base": [f"data.path={args.data}", *args.common], "plain": [*after, *PLAIN], "hard": after}
         for name in args.only:
             config = "quickstart" if name == "base" else "composition"
             run = [f"run={args.out / f'{name}-{seed}'}", f"seed={seed}", *settings[name]]
@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--common", nargs="+", default=[], help="settings of all three, e.g. training.device=cuda")
     parser.add_argument("--settings", nargs="+", default=[], help="of plain and hard, e.g. stages.0.samples=96_000")
     parser.add_argument("--pairs", type=int, default=250, help="of each kind, in each layout")
     parser.add_argument("--drawn", nargs="+", default=DRAWN, help="kinds of negatives with a scene of their own")
