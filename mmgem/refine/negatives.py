@@ -349,5 +349,6 @@ def _records(dataset: ShardedDataset, made: Iterator[list[dict[str, Any]]], spli
 def _added(before: Any, made: list[dict[str, Any]]) -> list[Any]:
     """What a sample has already, and what it has not."""
     kept = list(before) if isinstance(before, list) else []
-    known = {(one.get("caption", 0), one.get("text")) for one in kept if isinstance(one, dict)}
+    # A list: what others wrote there may be nothing that can be hashed.
+    known = [(one.get("caption", 0), one.get("text")) for one in kept if isinstance(one, dict)]
     return kept + [one for one in made if (one["caption"], one["text"]) not in known]
