@@ -193,6 +193,9 @@ class NegativesConfig:
     drawn: bool = False
     """With source `data`: take the pictures, too, that were drawn of the negatives (`mmgem refine negatives
     --painter`)."""
+    first: list[str] = field(default_factory=list)
+    """With source `data`: captions of which there are negatives of these kinds are chosen before others, so that kinds
+    to which few captions lend themselves are met often."""
     order_robust: bool = False
     """Captions with their words (kind `shuffle`) and pictures with their patches in another order are no negatives but
     positives: the order is to be looked through. Other kinds are then refused."""

@@ -276,6 +276,15 @@ def _negatives(stage: StageConfig) -> Iterator[str]:
             "negatives.drawn takes pictures that lie with the data: set negatives.source to data, and negatives.texts "
             "to 1 or more",
         ),
+        (
+            made.first and (made.source != "data" or not made.texts),
+            "negatives.first asks for negatives that lie with the data: set negatives.source to data, and "
+            "negatives.texts to 1 or more",
+        ),
+        (
+            made.source == "data" and made.kinds and not set(made.first) <= set(made.kinds),
+            "negatives.first names kinds that negatives.kinds has not",
+        ),
         (made.drawn and stage.cached_views, "negatives.drawn does nothing to cached_views; set one of the two to 0"),
         (hard.triplet and not made.drawn, "loss.hard.triplet needs pictures of the negatives: set negatives.drawn"),
         (

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from random import Random
@@ -40,6 +40,29 @@ _ACTIONS = (
     "standing", "swimming", "throwing", "walking",
 )  # fmt: skip
 _SAME_ACTION = ({"laying", "lying", "sleeping"},)
+# Families of things of which one picture's is seldom two; names of the same thing stand together. A plural is in -s
+# where none is said.
+_THINGS = tuple(
+    tuple(tuple((name.split(":") + [f"{name}s"])[:2] for name in thing.split("|")) for thing in family.split())
+    for family in (
+        "ball cone cross:crosses cube cylinder heart moon ring star triangle",
+        "ball|football|basketball frisbee|disc stick|branch:branches rope kite bat racket balloon",
+        "man:men|guy|gentleman:gentlemen woman:women|lady:ladies",
+        "boy girl",
+        "father|dad mother|mom|mum",
+        "dog|puppy:puppies cat|kitten horse|pony:ponies cow|bull bird|duck|seagull elephant bear zebra giraffe goat pig"
+        " monkey rabbit|bunny:bunnies",
+        "car|taxi bus:buses truck|van train|tram boat|ship|kayak bike|bicycle motorcycle|motorbike plane|airplane",
+        "skateboard surfboard snowboard scooter sled",
+        "hat|cap helmet",
+        "shirt|t-shirt dress:dresses",
+        "bed table|desk bench:benches couch:couches|sofa",
+        "pizza cake sandwich:sandwiches salad banana apple",
+        "cup|mug bowl plate|dish:dishes bottle",
+        "guitar piano violin drum trumpet",
+        "beach:beaches street|road forest|woods:woods desert kitchen office",
+    )
+)
 _DETERMINERS = ("a", "an", "the", "one", "another", "his", "her", "their", "its", *_NUMBERS)
 # Where a noun phrase ends. Words in -ing end it too.
 _ENDS = frozenset((
@@ -292,6 +315,25 @@ def _negation(tokens: Tokens, say: _Say) -> Tokens | None:
     return _TOKEN.findall(text[: place.start()] + said + text[place.end() :])
 
 
+def _noun(tokens: Tokens, say: _Say) -> Tokens | None:
+    """What a noun phrase ends on becomes another thing of its family."""
+    ends = {end - 1 for _, end in _noun_phrases(tokens)}
+
+    def others(word: str) -> Sequence[str]:
+        found = []
+        for family in _THINGS:
+            own = [(thing, form) for thing in family for names in thing for form in (0, 1) if names[form] == word]
+            for thing, form in own[:1]:
+                found += [
+                    other[0][form]
+                    for other in family
+                    if other is not thing and not any(name in say.avoid for names in other for name in names)
+                ]
+        return found
+
+    return _another(tokens, say, others, ends)
+
+
 def _shuffle(tokens: Tokens, say: _Say) -> Tokens | None:
     """Groups of three words in another order; sentence marks are left out."""
     words = [token for token in tokens if token[:1].isalnum()]
@@ -317,6 +359,7 @@ KINDS: dict[str, _Rule] = {
     "shuffle": _shuffle,
     "leak": _leak,
     "borrow": _borrow,
+    "noun": _noun,
 }
 """By name the rules."""
 
@@ -327,11 +370,15 @@ KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 # --------------------------------------------------------------------------------------------- pieces
 
 
-def _another(tokens: Tokens, say: _Say, others: Callable[[str], Sequence[str]]) -> Tokens | None:
-    """One word, drawn by lot, becomes another of its family."""
+def _another(
+    tokens: Tokens, say: _Say, others: Callable[[str], Sequence[str]], among: Collection[int] | None = None
+) -> Tokens | None:
+    """One word, drawn by lot, becomes another of its family. among: where it may stand; None: anywhere."""
     here = {token.lower() for token in tokens}
     places = []
     for n, token in enumerate(tokens):
+        if among is not None and n not in among:
+            continue
         weights = {word: say.weight(word) for word in others(token.lower()) if word not in here}
         if any(weights.values()):
             places.append((n, weights))

@@ -111,9 +111,9 @@ class Reader(Dataset):
             number = int(draws(self.seed, epoch, index, VIEW).integers(self.stage.cached_views))
             view = cached_view(self.data, self.preprocess, self.seed, index, number, sample.width, sample.height)
             picture = self.cache.get(index, number)
-        chosen = _choose(
-            range(len(sample.captions)), self.stage.captions_per_image, draws(self.seed, epoch, index, CAPTIONS)
-        )
+        captions, first = range(len(sample.captions)), self.others.first(sample)
+        drawn = _choose(captions, len(captions), draws(self.seed, epoch, index, CAPTIONS))
+        chosen = sorted(drawn, key=lambda n: n not in first)[: self.stage.captions_per_image]
         rng = draws(self.seed, epoch, index, OTHERS)
         others, painted = self.others.texts(sample, chosen, rng)
         regions: list[Any] = []

@@ -7,7 +7,6 @@ nothing: a sample of which nothing can be made has none.
 
 from __future__ import annotations
 
-import sys
 from base64 import b64decode
 from collections.abc import Collection, Sequence
 from random import Random
@@ -42,8 +41,7 @@ class Others:
         wanted = self.wanted
         if not wanted.texts:
             return (), []
-        most = wanted.max_words or sys.maxsize
-        places = [place for place, n in enumerate(chosen) if len(sample.captions[n].split()) <= most]
+        places = [place for place, n in enumerate(chosen) if self._is_short(sample.captions[n])]
         draw = Random(int(rng.integers(2**63)))
         if wanted.source == "data":
             found = stored_negatives(sample, wanted.kinds)
@@ -65,6 +63,14 @@ class Others:
                 pictures += [] if picture is None else [picture]
                 others.append(OtherText(place, one.text, KIND_NUMBERS.get(one.kind, len(KIND_NUMBERS)), number))
         return tuple(others), pictures
+
+    def first(self, sample: Sample) -> list[int]:
+        """Captions that are to be chosen before the sample's others."""
+        found = stored_negatives(sample, self.wanted.first) if self.wanted.first else {}
+        return sorted(n for n in found if n in range(len(sample.captions)) and self._is_short(sample.captions[n]))
+
+    def _is_short(self, caption: str) -> bool:
+        return self.wanted.max_words is None or len(caption.split()) <= self.wanted.max_words
 
     def shuffled(self, picture: Tensor, rng: np.random.Generator) -> tuple[Tensor, ...]:
         return tuple(shuffled_patches(picture, self.wanted.patches, rng) for _ in range(self.wanted.pictures))

@@ -296,6 +296,17 @@ def test_wrong_types_are_refused_with_their_place(file: Path, override: str, pla
             ["stages.0.negatives={texts: 1, source: data, drawn: true}", "stages.0.loss.hard.rank=1"],
             "negatives.drawn: no loss uses the pictures",
         ),
+        (
+            ["stages.0.negatives={texts: 1, first: [swap]}", "stages.0.loss.hard.rank=1"],
+            "negatives.first asks for negatives that lie with the data: set negatives.source to data",
+        ),
+        (
+            [
+                "stages.0.negatives={texts: 1, source: data, kinds: [swap], first: [size]}",
+                "stages.0.loss.hard.rank=1",
+            ],
+            "negatives.first names kinds that negatives.kinds has not",
+        ),
         (["stages.0.negatives={texts: 1, order_robust: true}"], "order_robust is for words in another order: set"),
     ],
 )

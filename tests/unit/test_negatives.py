@@ -9,6 +9,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +18,18 @@ from PIL import Image
 from test_tasks import make_sample
 
 from mmgem.cli import main
-from mmgem.config import NegativesConfig
+from mmgem.config import DataConfig, NegativesConfig, StageConfig
+from mmgem.data.batch import Item
+from mmgem.data.datamodule import Reader
 from mmgem.data.others import Others, shuffled_patches, stored_negatives
 from mmgem.data.prepare.scenes import prepare_scenes
 from mmgem.data.scene_edit import edited_scene
 from mmgem.data.scenes import iter_scenes
 from mmgem.data.shards import ShardedDataset
+from mmgem.data.sources import Sources
 from mmgem.errors import UserError
 from mmgem.evaluation.layouts.composition import read_composition
+from mmgem.images import Preprocess
 from mmgem.negatives import COLOURS, KINDS, negatives_of, words_of
 from mmgem.refine.negatives import LanguageModel, add_negatives, make_maker
 from mmgem.text import train_tokenizer
@@ -59,6 +64,9 @@ def made(text: str, kind: str, tries: int = 40, **options: object) -> set[str]:
         ("negation", "a dog with a ball", {"a dog without a ball"}),
         ("negation", "a cube but no ball", {"a cube and a ball"}),
         ("negation", "a dog is running", {"a dog is not running"}),
+        ("noun", "A red cube.", {"A red ball.", "A red cone."}),
+        ("noun", "two men with a hat", {"two women with a hat", "two men with a helmet"}),
+        ("noun", "Dogs chase the puppy", {"Dogs chase the horse", "Dogs chase the bird"}),
         ("shuffle", "one two three four five", {"four five one two three"}),
     ],
 )
@@ -77,6 +85,7 @@ def test_each_rule(kind: str, text: str, among: set[str]) -> None:
         ("leak", "a young man in a striped shirt"),
         ("swap", "two dogs, one black and one white"), ("exchange", "a cube and a ball"),
         ("exchange", "a cube with a ball"), ("exchange", "a cube at the top"), ("negation", "a dog"),
+        ("noun", "people cross the street light"), ("noun", "a guitar player"), ("noun", ""),
         ("shuffle", "a small dog"), ("shuffle", ""),
     ],
 )  # fmt: skip
@@ -93,6 +102,14 @@ def test_words_of_the_picture_and_words_that_are_never_used_are_not_put_in() -> 
     rng = Random(0)
     drawn = [negatives_of("a red ball", ["colour"], rng, frequency=frequency)[0].text for _ in range(400)]
     assert drawn.count("a green ball") == pytest.approx(300, abs=40)
+
+
+def test_no_noun_is_put_in_for_which_the_picture_has_another_name() -> None:
+    assert made("a man", "noun", captions=["a man", "two ladies"]) == set()
+    assert made("a man", "noun", captions=["a man", "two people"]) == {"a woman"}
+    frequency = words_of(["some dogs, a cat and two ponies"])
+    assert made("a bird", "noun", frequency=frequency) == {"a cat"}
+    assert made("the birds", "noun", frequency=words_of(["dogs run"])) == {"the dogs"}
 
 
 @pytest.mark.parametrize(
@@ -234,6 +251,33 @@ def test_a_second_call_adds_to_what_lies_with_the_samples(tmp_path: Path) -> Non
         assert both[: len(first)] == first
         assert both[len(first) :] == [made for made in second if (made["caption"], made["text"]) not in texts]
     assert two.key(11) == two.keys[11] == new.key(11)
+
+
+def test_captions_with_negatives_of_the_first_kinds_are_chosen_before_others(tmp_path: Path) -> None:
+    prepare_scenes(tmp_path / "data", train=24, val=0, test=0, processes=1)
+    add_negatives(tmp_path / "data", tmp_path / "out", "train", kinds=["exchange", "colour"], count=2)
+    split = ShardedDataset(tmp_path / "out/train")
+
+    def chosen(**wanted: Any) -> list[list[int]]:
+        """The numbers of the captions, of each sample."""
+        negatives = NegativesConfig(texts=1, source="data", **wanted)
+        stage = StageConfig(samples=24, captions_per_image=2, max_regions=0, negatives=negatives)
+        reader = Reader(Sources([split]), DataConfig(), stage, Preprocess(32, (0.5,) * 3, (0.5,) * 3), 0)
+        found = {one.key: one.captions for one in reader.__getitems__(range(24)) if isinstance(one, Item)}
+        return [[split.sample(n).captions.index(text) for text in found[split.key(n)]] for n in range(24)]
+
+    plain, first, short = chosen(), chosen(first=["exchange"]), chosen(first=["exchange"], max_words=12)
+    most = 0
+    for n in range(24):
+        sample = split.sample(n)
+        asked = set(stored_negatives(sample, ["exchange"]))
+        brief = {caption for caption in asked if len(sample.captions[caption].split()) <= 12}
+        for numbers, ahead in ((first[n], asked), (short[n], brief)):
+            assert sum(caption in ahead for caption in numbers) == min(len(ahead), 2)
+            if not ahead or len(ahead) == 5:
+                assert numbers == plain[n]
+        most += len(brief) < len(asked)
+    assert plain != first != short and most > 5
 
 
 def test_pictures_of_negatives_and_a_benchmark_of_them(tmp_path: Path) -> None:
