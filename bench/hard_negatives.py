@@ -20,7 +20,7 @@ from typing import Any
 from mmgem.cli import main as mmgem
 from mmgem.data.prepare.scene_composition import SUGARCREPE_NAMES, write_scene_composition
 
-DRAWN, TEXTS = ("swap",), ("leak", "colour", "size")
+DRAWN, TEXTS = ("swap",), ("leak", "colour", "size", "object")
 RULE_OF = {
     "swap_att": "swap", "replace_att": "borrow", "replace_rel": "relation", "replace_count": "count",
     "negation": "negation",
@@ -39,9 +39,11 @@ def main() -> None:
         write_scene_composition(pairs, args.pairs, SEED, SIZE)
     if not (negatives / "negatives.json").is_file() and set(args.only) - {"base"}:
         drawn = args.out / "drawn"
-        refine = ("refine", "negatives", "--split", "train", "--count", "1")
-        mmgem_or_stop(*refine, str(args.data), "--out", str(drawn), "--painter", "scenes", "--kinds", *args.drawn)
-        mmgem_or_stop(*refine, str(drawn), "--out", str(negatives), "--kinds", *args.texts)
+        refine = ("refine", "negatives", "--split", "train")
+        mmgem_or_stop(
+            *refine, str(args.data), "--out", str(drawn), "--count", "1", "--painter", "scenes", "--kinds", *args.drawn
+        )
+        mmgem_or_stop(*refine, str(drawn), "--out", str(negatives), "--count", "2", "--kinds", *args.texts)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("base", "plain", "hard")}
     for seed in args.seeds:
         after = [f"init_from={args.out / f'base-{seed}'}", f"data.path={negatives}", *args.common, *args.settings]

@@ -315,21 +315,19 @@ def _negation(tokens: Tokens, say: _Say) -> Tokens | None:
     return _TOKEN.findall(text[: place.start()] + said + text[place.end() :])
 
 
-def _noun(tokens: Tokens, say: _Say) -> Tokens | None:
+def _object(tokens: Tokens, say: _Say) -> Tokens | None:
     """What a noun phrase ends on becomes another thing of its family."""
     ends = {end - 1 for _, end in _noun_phrases(tokens)}
 
     def others(word: str) -> Sequence[str]:
-        found = []
-        for family in _THINGS:
-            own = [(thing, form) for thing in family for names in thing for form in (0, 1) if names[form] == word]
-            for thing, form in own[:1]:
-                found += [
-                    other[0][form]
-                    for other in family
-                    if other is not thing and not any(name in say.avoid for names in other for name in names)
-                ]
-        return found
+        return [
+            other[0][form]
+            for family in _THINGS
+            for form in (0, 1)  # singular, plural
+            if (own := next((thing for thing in family if any(names[form] == word for names in thing)), None))
+            for other in family
+            if other is not own and not any(name in say.avoid for names in other for name in names)
+        ]
 
     return _another(tokens, say, others, ends)
 
@@ -359,7 +357,7 @@ KINDS: dict[str, _Rule] = {
     "shuffle": _shuffle,
     "leak": _leak,
     "borrow": _borrow,
-    "noun": _noun,
+    "object": _object,
 }
 """By name the rules."""
 

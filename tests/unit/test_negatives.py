@@ -64,9 +64,9 @@ def made(text: str, kind: str, tries: int = 40, **options: object) -> set[str]:
         ("negation", "a dog with a ball", {"a dog without a ball"}),
         ("negation", "a cube but no ball", {"a cube and a ball"}),
         ("negation", "a dog is running", {"a dog is not running"}),
-        ("noun", "A red cube.", {"A red ball.", "A red cone."}),
-        ("noun", "two men with a hat", {"two women with a hat", "two men with a helmet"}),
-        ("noun", "Dogs chase the puppy", {"Dogs chase the horse", "Dogs chase the bird"}),
+        ("object", "A red cube.", {"A red ball.", "A red cone."}),
+        ("object", "two men with a hat", {"two women with a hat", "two men with a helmet"}),
+        ("object", "Dogs chase the puppy", {"Dogs chase the horse", "Dogs chase the bird"}),
         ("shuffle", "one two three four five", {"four five one two three"}),
     ],
 )
@@ -85,7 +85,7 @@ def test_each_rule(kind: str, text: str, among: set[str]) -> None:
         ("leak", "a young man in a striped shirt"),
         ("swap", "two dogs, one black and one white"), ("exchange", "a cube and a ball"),
         ("exchange", "a cube with a ball"), ("exchange", "a cube at the top"), ("negation", "a dog"),
-        ("noun", "people cross the street light"), ("noun", "a guitar player"), ("noun", ""),
+        ("object", "people cross the street light"), ("object", "a guitar player"), ("object", ""),
         ("shuffle", "a small dog"), ("shuffle", ""),
     ],
 )  # fmt: skip
@@ -105,11 +105,11 @@ def test_words_of_the_picture_and_words_that_are_never_used_are_not_put_in() -> 
 
 
 def test_no_noun_is_put_in_for_which_the_picture_has_another_name() -> None:
-    assert made("a man", "noun", captions=["a man", "two ladies"]) == set()
-    assert made("a man", "noun", captions=["a man", "two people"]) == {"a woman"}
+    assert made("a man", "object", captions=["a man", "two ladies"]) == set()
+    assert made("a man", "object", captions=["a man", "two people"]) == {"a woman"}
     frequency = words_of(["some dogs, a cat and two ponies"])
-    assert made("a bird", "noun", frequency=frequency) == {"a cat"}
-    assert made("the birds", "noun", frequency=words_of(["dogs run"])) == {"the dogs"}
+    assert made("a bird", "object", frequency=frequency) == {"a cat"}
+    assert made("the birds", "object", frequency=words_of(["dogs run"])) == {"the dogs"}
 
 
 @pytest.mark.parametrize(

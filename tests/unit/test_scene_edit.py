@@ -50,7 +50,7 @@ def test_what_the_texts_tell_differently_is_changed_and_nothing_else() -> None:
     assert edit("a dog", "a cat") is None
 
 
-@pytest.mark.parametrize("kind", ["colour", "size", "noun", "swap", "leak", "borrow", "exchange", "relation"])
+@pytest.mark.parametrize("kind", ["colour", "size", "object", "swap", "leak", "borrow", "exchange", "relation"])
 def test_negatives_of_many_scenes(kind: str) -> None:
     """Each kind is drawn for a good part of the captions; the ground never changes."""
     rng, made = Random(0), Counter[bool]()
