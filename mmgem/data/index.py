@@ -17,12 +17,14 @@ in the index. A line without key is of a whole tar.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -53,7 +55,7 @@ Members = Mapping[str, Mapping[str, Sequence[int]]]
 """KEY -> extension -> (offset, size) in the tar."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: a split may have 100,000, and that takes three times as long
 class ShardEntry:
     path: str
     samples: int
@@ -88,6 +90,19 @@ class ShardMembers:
     """N x 3 x 2; (-1, 0) for what is not there."""
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """A large index is a million objects and no cycle: the collector would look through them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collection()
 def parse_index(content: bytes, name: str) -> Index:
     """`name` is the file's, for errors. Raises UserError."""
     try:
@@ -105,10 +120,10 @@ def parse_index(content: bytes, name: str) -> Index:
         hashes = [*(s.sha256 for s in shards), *(s.members_sha256 for s in shards)]
         texts = [*(s.path for s in shards), *(s.members for s in shards), *hashes, *index.skipped, *index.dropped]
         good = set(map(type, counts)) <= {int} and set(map(type, texts)) <= {str}
-        good = good and all(0 <= n < 1 << 62 for n in counts)
+        good = good and min(counts) >= 0 and max(counts) < 1 << 62
         good = good and totals["samples"] == sum(s.samples for s in shards)
         good = good and all(map(_SHA256.fullmatch, hashes))
-        good = good and b"\0" not in "".join(texts).encode() and all(len(text) <= _LONGEST for text in texts)
+        good = good and b"\0" not in "".join(texts).encode() and max(map(len, texts), default=0) <= _LONGEST
     except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
         raise UserError(f"{name} is not an index: {one_line(repr(error))[:200]}; prepare the split again") from error
     if not good:
