@@ -112,8 +112,8 @@ class Reader(Dataset):
             view = cached_view(self.data, self.preprocess, self.seed, index, number, sample.width, sample.height)
             picture = self.cache.get(index, number)
         captions, first = range(len(sample.captions)), self.others.first(sample)
-        drawn = _choose(captions, len(captions), draws(self.seed, epoch, index, CAPTIONS))
-        chosen = sorted(drawn, key=lambda n: n not in first)[: self.stage.captions_per_image]
+        by_lot = _choose(captions, len(captions), draws(self.seed, epoch, index, CAPTIONS))
+        chosen = sorted(by_lot, key=lambda n: n not in first)[: self.stage.captions_per_image]
         rng = draws(self.seed, epoch, index, OTHERS)
         others, painted = self.others.texts(sample, chosen, rng)
         regions: list[Any] = []
